@@ -1,0 +1,147 @@
+"""The three operators that are the whole layer, as torch custom ops (namespace ``abba``).
+
+With factors f1 [r1, D], f2 [r2, D], R = r1·r2 and KR(f1, f2)[(a,b), d] = f1[a,d]·f2[b,d] (index a·r2 + b):
+
+    project(x, f1, f2)           u = x · KRᵀ                     x [T, D] → u [T, R]
+    expand_(y, u, f1, f2, s)     y += s · u · KR                 u [T, R], y [T, D], in place
+    factor_grad(x, v, f1, f2, s) P = vᵀ x (never stored whole)   x [T, D], v [T, R] → df1 [r1, D], df2 [r2, D]
+                                 df1[a,d] = s Σ_b P[(a,b),d] f2[b,d];  df2[b,d] = s Σ_a P[(a,b),d] f1[a,d]
+
+Shapes and dtypes: x, y, u, v share one dtype out of float32, bfloat16, float16, float64 and may have any strides; f1
+and f2 share a dtype of their own (float32 masters beside bfloat16 activations are usual). Factors may lie in memory as
+[r, D] or as the transposed view of [D, r]; neither is copied, and gradients come back in the factor's layout and dtype.
+Products accumulate in fp32 (fp64 for fp64). Results are bitwise deterministic for a given number of threads.
+Errors: RuntimeError naming the argument, what was expected and what came.
+Source: arXiv 2505.14238, Theorem 1 (ΔW = s·B*·A* with Khatri–Rao factors).
+"""
+import os
+
+import torch
+
+from . import reference
+
+try:
+    from . import _C
+except ImportError as error:
+    here = os.path.dirname(os.path.abspath(__file__))
+    if os.path.exists(os.path.join(os.path.dirname(here), "csrc", "ops.cpp")):
+        hint = (f"the compiled module is missing because abba_ext was imported from its source tree ({here}); run "
+                "`pip install -e .` there, or leave the folder and `pip install` it")
+    else:
+        hint = "the compiled module cannot be loaded; reinstall with `pip install --force-reinstall abba_ext`"
+    if "_C" not in str(error) or "undefined symbol" in str(error):
+        hint = "the compiled module does not match this torch; reinstall abba_ext against it"
+    raise ImportError(f"abba_ext: {hint} ({error}; torch {torch.__version__}).") from error
+
+project = torch.ops.abba.project.default
+expand_ = torch.ops.abba.expand_.default
+factor_grad = torch.ops.abba.factor_grad.default
+
+
+def build_info() -> dict[str, str]:
+    """How the compiled module was built: torch, compiler, flags and CUDA architectures ("" if none)."""
+    return _C.build_info()
+
+
+# --- shapes alone: what torch.compile, meta tensors and FakeTensorMode see ---
+
+
+def _like_factor(f: torch.Tensor) -> torch.Tensor:
+    if f.stride(0) != 1 or f.size(1) == 1:
+        return f.new_empty(f.shape)
+    return f.new_empty((f.size(1), f.size(0))).t()
+
+
+@torch.library.register_fake("abba::project")
+def _(x, f1, f2):
+    torch._check(x.dim() == 2 and f1.dim() == 2 and f2.dim() == 2, lambda: "project: x, f1 and f2 must be 2-D")
+    torch._check(x.size(1) == f1.size(1), lambda: f"project: f1 must be [r1, {x.size(1)}], got {list(f1.shape)}")
+    torch._check(x.size(1) == f2.size(1), lambda: f"project: f2 must be [r2, {x.size(1)}], got {list(f2.shape)}")
+    return x.new_empty((x.size(0), f1.size(0) * f2.size(0)))
+
+
+@torch.library.register_fake("abba::expand_")
+def _(y, u, f1, f2, s):
+    rank = f1.size(0) * f2.size(0)
+    torch._check(u.size(0) == y.size(0) and u.size(1) == rank,
+                 lambda: f"expand_: u must be [{y.size(0)}, {rank}], got {list(u.shape)}")
+
+
+@torch.library.register_fake("abba::factor_grad")
+def _(x, v, f1, f2, s):
+    rank = f1.size(0) * f2.size(0)
+    torch._check(v.size(0) == x.size(0) and v.size(1) == rank,
+                 lambda: f"factor_grad: v must be [{x.size(0)}, {rank}], got {list(v.shape)}")
+    return _like_factor(f1), _like_factor(f2)
+
+
+# --- devices without a kernel of their own: the composite of torch matmuls ---
+
+
+@torch.library.impl("abba::project", "CUDA")
+def _(x, f1, f2):
+    return reference.project(x, f1, f2)
+
+
+@torch.library.impl("abba::expand_", "CUDA")
+def _(y, u, f1, f2, s):
+    y.addmm_(u, reference.khatri_rao(f1, f2).to(y.dtype), alpha=s)
+
+
+@torch.library.impl("abba::factor_grad", "CUDA")
+def _(x, v, f1, f2, s):
+    grads = reference.factor_grad(x, v, f1, f2, s)
+    return tuple(_like_factor(f).copy_(grad) for f, grad in zip((f1, f2), grads))
+
+
+# --- derivatives: the set is closed under differentiation ---
+
+
+def _save_inputs(ctx, inputs, output):
+    *tensors, ctx.s = inputs if len(inputs) == 5 else (*inputs, 1.0)
+    ctx.save_for_backward(*tensors)
+
+
+def _project_backward(ctx, du):
+    x, f1, f2 = ctx.saved_tensors
+    dx = df1 = df2 = None
+    if ctx.needs_input_grad[0]:
+        dx = expand(du, f1, f2)
+    if any(ctx.needs_input_grad[1:]):
+        df1, df2 = factor_grad(x, du, f1, f2, 1.0)
+    return dx, df1, df2
+
+
+def _factor_grad_backward(ctx, g1, g2):
+    # L = Σ g1·df1 + g2·df2 is linear in x and v, with KR replaced by K' = s·(KR(g1, f2) + KR(f1, g2)):
+    # L = Σ_td x[t,d] Σ_i v[t,i] K'[i,d]. P = vᵀx gives the second-order terms of f1 and f2.
+    x, v, f1, f2 = ctx.saved_tensors
+    s = ctx.s
+    dx = s * (expand(v, g1, f2) + expand(v, f1, g2))
+    dv = s * (project(x, g1, f2) + project(x, f1, g2))
+    df2 = factor_grad(x, v, g1, f2, s)[1]
+    df1 = factor_grad(x, v, f1, g2, s)[0]
+    return dx, dv, df1, df2, None
+
+
+def expand(u: torch.Tensor, f1: torch.Tensor, f2: torch.Tensor) -> torch.Tensor:
+    """u · KR(f1, f2), the differentiable form of :func:`expand_` on zeros: u [T, R] → [T, D]."""
+    return _Expand.apply(u, f1, f2)
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, f1, f2):
+        ctx.save_for_backward(u, f1, f2)
+        y = u.new_zeros((u.size(0), f1.size(1)))
+        expand_(y, u, f1, f2, 1.0)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        u, f1, f2 = ctx.saved_tensors
+        return project(dy, f1, f2), *factor_grad(dy, u, f1, f2, 1.0)
+
+
+torch.library.register_autograd("abba::project", _project_backward, setup_context=_save_inputs)
+torch.library.register_autograd("abba::factor_grad", _factor_grad_backward, setup_context=_save_inputs)

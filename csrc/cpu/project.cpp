@@ -1,0 +1,32 @@
+// u = x * KR^T, one block of Khatri-Rao rows at a time: each block is formed over all features, so that every
+// product over features runs in one fp32 accumulator and is rounded once.
+#include "khatri_rao.h"
+#include "kernels.h"
+
+namespace abba::cpu {
+
+void project(Tensor& u, const Tensor& x, const Tensor& f1, const Tensor& f2) {
+  const int64_t tokens = x.size(0), features = x.size(1), rank = f1.size(0) * f2.size(0);
+  const ScalarType type = compute_type(x.scalar_type());
+  if (type != x.scalar_type()) {  // fp16: widen kHalfTokens tokens at a time
+    for (int64_t t = 0; t < tokens; t += kHalfTokens) {
+      const int64_t count = std::min(kHalfTokens, tokens - t);
+      Tensor wide = torch::stable::new_empty(u, {count, rank}, type);
+      project(wide, torch::stable::to(slice(x, 0, t, count), type), f1, f2);
+      Tensor rows = slice(u, 0, t, count);
+      torch::stable::copy_(rows, wide);
+    }
+    return;
+  }
+  const int64_t row_bytes = features * static_cast<int64_t>(x.element_size());
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / row_bytes / 16 * 16, 16, rank);
+  Tensor scratch = torch::stable::new_empty(x, {std::min(block, rank), features});
+  for (int64_t i = 0; i < rank; i += block) {
+    const int64_t rows = std::min(block, rank - i);
+    Tensor kr = slice(scratch, 0, 0, rows), columns = slice(u, 1, i, rows);
+    form_khatri_rao(kr, f1, f2, i, rows, 0, features);
+    gemm_(columns, x, transposed(kr), 0.0, 1.0);
+  }
+}
+
+}  // namespace abba::cpu

@@ -1,0 +1,149 @@
+// Schemas of the three operators and their CPU registration: check, allocate, compute.
+// Shapes in every message: T tokens, D features, R = r1*r2.
+#include "stable.h"
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "cpu/kernels.h"
+
+namespace abba {
+namespace {
+
+// STD_TORCH_CHECK without the source file and line in the message: these messages are for the caller.
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string shape(const Tensor& t) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << ']';
+  return out.str();
+}
+
+const char* name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    default: return "a dtype that is not floating point";
+  }
+}
+
+void check_tensor(const char* op, const char* arg, const Tensor& t) {
+  check(t.dim() == 2, op, ": ", arg, " must be 2-D, got shape ", shape(t));
+  check(t.is_cpu(), op, ": ", arg, " must be on the CPU as the other tensors are, got another device");
+  const ScalarType dtype = t.scalar_type();
+  check(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  op, ": ", arg, " must be float32, bfloat16, float16 or float64, got ", name(dtype));
+}
+
+// tokens [T, D] with a factor pair f1 [r1, D], f2 [r2, D]
+void check_pair(const char* op, const char* arg, const Tensor& tokens, const Tensor& f1, const Tensor& f2) {
+  check_tensor(op, arg, tokens);
+  check_tensor(op, "f1", f1);
+  check_tensor(op, "f2", f2);
+  check(f1.size(0) >= 1, op, ": f1 must have rank r1 >= 1, got shape ", shape(f1));
+  check(f2.size(0) >= 1, op, ": f2 must have rank r2 >= 1, got shape ", shape(f2));
+  check(f1.size(1) == tokens.size(1), op, ": f1 must be [r1, D] with D = ", tokens.size(1), " as in ", arg, ' ',
+                  shape(tokens), ", got ", shape(f1));
+  check(f2.size(1) == tokens.size(1), op, ": f2 must be [r2, D] with D = ", tokens.size(1), " as in ", arg, ' ',
+                  shape(tokens), ", got ", shape(f2));
+  check(f1.scalar_type() == f2.scalar_type(), op, ": f1 and f2 must have one dtype, got ", name(f1.scalar_type()),
+                  " and ", name(f2.scalar_type()));
+}
+
+// ranks [T, R] that belongs to tokens [T, D]
+void check_ranks(const char* op, const char* arg, const Tensor& ranks, const char* tokens_arg, const Tensor& tokens,
+                 const Tensor& f1, const Tensor& f2) {
+  check_tensor(op, arg, ranks);
+  check(ranks.size(0) == tokens.size(0) && ranks.size(1) == f1.size(0) * f2.size(0), op, ": ", arg,
+                  " must be [T, r1*r2] = [", tokens.size(0), ", ", f1.size(0) * f2.size(0), "], got ", shape(ranks));
+  check(ranks.scalar_type() == tokens.scalar_type(), op, ": ", arg, " must have the dtype of ", tokens_arg, ", ",
+                  name(tokens.scalar_type()), ", got ", name(ranks.scalar_type()));
+}
+
+// The bytes [first, last) that a tensor's elements lie in.
+std::pair<const char*, const char*> extent(const Tensor& t) {
+  const char* first = static_cast<const char*>(t.data_ptr());
+  int64_t last = 1;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return {first, t.numel() ? first + last * static_cast<int64_t>(t.element_size()) : first};
+}
+
+void check_written(const char* op, const char* arg, const Tensor& written, std::initializer_list<const Tensor*> read) {
+  const int64_t rows = written.size(0), columns = written.size(1), s0 = written.stride(0), s1 = written.stride(1);
+  const bool by_row = (columns <= 1 || s1 >= 1) && (rows <= 1 || s0 > (columns - 1) * s1);
+  const bool by_column = (rows <= 1 || s0 >= 1) && (columns <= 1 || s1 > (rows - 1) * s0);
+  check(by_row || by_column, op, ": ", arg, " is written in place, so none of its elements may overlap; got strides [",
+                  s0, ", ", s1, "] for shape ", shape(written));
+  const auto [first, last] = extent(written);
+  for (const Tensor* t : read) {
+    const auto [other_first, other_last] = extent(*t);
+    check(last <= other_first || other_last <= first, op, ": ", arg,
+                    " is written in place, so it must not share memory with another argument");
+  }
+}
+
+Tensor project(const Tensor& x, const Tensor& f1, const Tensor& f2) {
+  check_pair("project", "x", x, f1, f2);
+  Tensor u = torch::stable::new_empty(x, {x.size(0), f1.size(0) * f2.size(0)});
+  if (u.numel() == 0) return u;
+  if (x.size(1) == 0) return torch::stable::zero_(u);
+  cpu::project(u, x, f1, f2);
+  return u;
+}
+
+void expand_(Tensor y, const Tensor& u, const Tensor& f1, const Tensor& f2, double s) {
+  check_pair("expand_", "y", y, f1, f2);
+  check_ranks("expand_", "u", u, "y", y, f1, f2);
+  check_written("expand_", "y", y, {&u, &f1, &f2});
+  if (y.numel() != 0) cpu::expand_(y, u, f1, f2, s);
+}
+
+// An output with the layout of its factor: [r, D] or [D, r], whichever is contiguous.
+Tensor like_factor(const Tensor& f) {
+  if (f.stride(0) != 1 || f.size(1) == 1) return torch::stable::new_empty(f, {f.size(0), f.size(1)});
+  return torch::stable::transpose(torch::stable::new_empty(f, {f.size(1), f.size(0)}), 0, 1);
+}
+
+std::tuple<Tensor, Tensor> factor_grad(const Tensor& x, const Tensor& v, const Tensor& f1, const Tensor& f2, double s) {
+  check_pair("factor_grad", "x", x, f1, f2);
+  check_ranks("factor_grad", "v", v, "x", x, f1, f2);
+  Tensor df1 = like_factor(f1), df2 = like_factor(f2);
+  if (x.size(0) == 0) {
+    torch::stable::zero_(df1);
+    torch::stable::zero_(df2);
+  } else if (x.size(1) != 0) {
+    cpu::factor_grad(df1, df2, x, v, f1, f2, s);
+  }
+  return {df1, df2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(abba, m) {
+  m.def("project(Tensor x, Tensor f1, Tensor f2) -> Tensor");
+  m.def("expand_(Tensor(a!) y, Tensor u, Tensor f1, Tensor f2, float s) -> ()");
+  m.def("factor_grad(Tensor x, Tensor v, Tensor f1, Tensor f2, float s) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(abba, CPU, m) {
+  m.impl("project", TORCH_BOX(&project));
+  m.impl("expand_", TORCH_BOX(&expand_));
+  m.impl("factor_grad", TORCH_BOX(&factor_grad));
+}
+
+}  // namespace abba
