@@ -1,4 +1,42 @@
 """ABBA adapters for PyTorch: ΔW = s·(B1 A1) ⊙ (B2 A2), trained at LoRA's cost (arXiv 2505.14238)."""
-from .functional import abba_linear, abba_update, kernel_plan
+from .checkpoint import adapter_state_dict, load_adapter, save_adapter
+from .config import AbbaConfig
+from .functional import KernelPlan, abba_linear, abba_update, kernel_plan
+from .layers import AbbaLayer, AbbaLinear
+from .patching import (
+    abba_layers,
+    disable_adapter,
+    get_nb_trainable_parameters,
+    is_patched,
+    merge,
+    merge_and_unload,
+    patch_model,
+    print_trainable_parameters,
+    unmerge,
+    unpatch_model,
+)
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AbbaConfig",
+    "AbbaLayer",
+    "AbbaLinear",
+    "KernelPlan",
+    "abba_layers",
+    "abba_linear",
+    "abba_update",
+    "adapter_state_dict",
+    "disable_adapter",
+    "get_nb_trainable_parameters",
+    "is_patched",
+    "kernel_plan",
+    "load_adapter",
+    "merge",
+    "merge_and_unload",
+    "patch_model",
+    "print_trainable_parameters",
+    "save_adapter",
+    "unmerge",
+    "unpatch_model",
+]

@@ -1,0 +1,206 @@
+"""Saving and loading adapters: one safetensors file that holds the factors and says how to use them.
+
+`adapter_model.safetensors` is the adapter; its metadata carries the same JSON that is written beside it as
+`adapter_config.json` for people and tools. Loading reads the safetensors file alone, so replacing that one file
+atomically is enough for an adapter on disk to be the old one or the new one, never a mixture.
+"""
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AbbaConfig
+from .layers import FACTORS, features, refusal
+from .patching import _STATE, abba_layers, apply_patch, is_patched, patch_of
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+FORMAT = "abba_ext"
+FORMAT_VERSION = 1
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors of a patched model by parameter name: factors, and biases and heads that are trained too.
+
+    Raises:
+        ValueError: The model is not patched.
+    """
+    patch = patch_of(model)
+    state = {f"{name}.{key}": getattr(layer, key) for name, layer in abba_layers(model).items() for key in FACTORS}
+    state |= {name: model.get_parameter(name) for name in patch.originals}
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Writes the adapter of a patched model into a folder (created if need be), atomically.
+
+    Keys are parameter names ("model.layers.0.self_attn.q_proj.abba_A1"). The JSON holds format and version, the base model's
+    name, the config with its scaling convention, and (r1, r2, s) of every layer.
+
+    Raises:
+        ValueError: The model is not patched.
+        NotADirectoryError: The path is a file.
+    """
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    directory = os.fspath(directory)
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise NotADirectoryError(f"directory must be a folder, but {directory!r} is a file")
+    patch = patch_of(model)
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": _base_model_name(model),
+        "config": patch.config.to_dict(),
+        "layers": {name: {"r1": layer.abba_A1.size(0), "r2": layer.abba_A2.size(0), "scale": layer.abba_scale}
+                   for name, layer in abba_layers(model).items()},
+        "trained_base_parameters": list(patch.originals),
+    }
+    text = json.dumps(description, indent=2)
+    os.makedirs(directory, exist_ok=True)
+    _replace(os.path.join(directory, WEIGHTS_NAME), lambda path: save_file(state, path, metadata={FORMAT: text}))
+    _replace(os.path.join(directory, CONFIG_NAME), lambda path: _write_text(path, text + "\n"))
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+    """Loads an adapter that :func:`save_adapter` wrote, in place, and returns the model.
+
+    An unpatched model is patched with the layers, ranks and scales of the file; a patched one must have the same layers and
+    ranks, and takes the file's values and scales. Outputs are bit-equal to those of the model that was saved.
+
+    Raises:
+        FileNotFoundError: There is no adapter in the folder.
+        ValueError: The file is not one of this format or is damaged; keys are missing, unknown or of another shape; the
+            model lacks a layer or has it in another size. The model is left unchanged.
+    """
+    description, state = read_adapter(directory)
+    config = AbbaConfig.from_dict(description["config"])
+    layers, trained = description["layers"], description["trained_base_parameters"]
+    _check_state(model, layers, trained, state)
+    name, base_name = _base_model_name(model), description["base_model_name_or_path"]
+    if name and base_name and os.path.basename(name.rstrip("/")) != os.path.basename(base_name.rstrip("/")):
+        warnings.warn(f"the adapter was trained on {base_name!r} and is loaded into {name!r}", stacklevel=2)
+    if not is_patched(model):
+        factors = {layer: {key: state[f"{layer}.{key}"].to(model.get_submodule(layer).weight.device) for key in FACTORS}
+                   for layer in layers}
+        apply_patch(model, config, factors, {layer: entry["scale"] for layer, entry in layers.items()}, trained)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, tensor in state.items():
+            parameters[key].copy_(tensor)
+    for layer, entry in layers.items():
+        model.get_submodule(layer).abba_scale = entry["scale"]
+    return model
+
+
+def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a saved adapter, checked for format and version but against no model.
+
+    Raises:
+        FileNotFoundError, ValueError: See :func:`load_adapter`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = os.path.join(os.fspath(directory), WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no adapter in {os.fspath(directory)!r}: {WEIGHTS_NAME} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from None
+    try:
+        description = json.loads(metadata[FORMAT])
+        version = description["format_version"]
+        layers = {name: (int(entry["r1"]), int(entry["r2"]), float(entry["scale"]))
+                  for name, entry in description["layers"].items()}
+        complete = (description["format"] == FORMAT and isinstance(version, int) and layers
+                    and isinstance(description["config"], dict)
+                    and all(isinstance(name, str) for name in description["trained_base_parameters"])
+                    and isinstance(description["base_model_name_or_path"], str | None))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no adapter of abba_ext: its metadata lacks or garbles {error}") from None
+    if not complete:
+        raise ValueError(f"{path} is no adapter of abba_ext: its metadata is incomplete")
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}; this abba_ext reads up to {FORMAT_VERSION}: update abba_ext")
+    return description, state
+
+
+def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], state: dict[str, Tensor]) -> None:
+    """Everything that could fail, before anything changes."""
+    modules = dict(model.named_modules())
+    patched = set(abba_layers(model))
+    problems = []
+    if patched and not hasattr(model, _STATE):
+        raise ValueError("model holds ABBA layers that patch_model did not put there; pass the model that was patched")
+    if patched:
+        problems += [f"the model adapts {name!r}, the file does not" for name in sorted(patched - set(layers))]
+        problems += [f"the file adapts {name!r}, the model does not" for name in sorted(set(layers) - patched)]
+        if set(trained) != set(patch_of(model).originals):
+            problems.append(f"the file trains the base parameters {sorted(trained)}, the model {sorted(patch_of(model).originals)}")
+        problems += [f"{name!r} is merged; unmerge it first" for name in sorted(patched & set(layers)) if modules[name].abba_merged]
+    shapes: dict[str, tuple] = {}
+    for name, entry in layers.items():
+        module = modules.get(name)
+        if module is None:
+            problems.append(f"the model has no layer {name!r}")
+            continue
+        reason = refusal(module) if name not in patched else None
+        if reason:
+            problems.append(f"{name!r} {reason}")
+            continue
+        (n, m), r1, r2 = features(module), entry["r1"], entry["r2"]
+        if name in patched and (module.abba_A1.size(0), module.abba_A2.size(0)) != (r1, r2):
+            problems.append(f"{name!r} has ranks ({module.abba_A1.size(0)}, {module.abba_A2.size(0)}) in the model, ({r1}, {r2}) "
+                            "in the file")
+        shapes |= {f"{name}.{key}": shape for key, shape in zip(FACTORS, ((r1, n), (m, r1), (r2, n), (m, r2)))}
+    parameters = dict(model.named_parameters())
+    for name in trained:
+        if name in parameters:
+            shapes[name] = tuple(parameters[name].shape)
+        else:
+            problems.append(f"the model has no parameter {name!r}")
+    if not problems:
+        problems += [f"missing key {key!r}" for key in sorted(set(shapes) - set(state))]
+        problems += [f"unknown key {key!r}" for key in sorted(set(state) - set(shapes))]
+        problems += [f"{key!r} must be {list(shape)}, got {list(state[key].shape)}"
+                     for key, shape in shapes.items() if key in state and tuple(state[key].shape) != shape]
+        problems += [f"{key!r} must be floating point, got {tensor.dtype}"
+                     for key, tensor in state.items() if not tensor.is_floating_point()]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ValueError("the adapter does not fit the model: " + "; ".join(problems[:5]) + more)
+
+
+def _base_model_name(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _replace(path: str, write: Callable[[str], None]) -> None:
+    """Writes through a temporary file in the same folder, flushed to disk before it takes the path's place."""
+    handle, temporary = tempfile.mkstemp(prefix=".tmp-", suffix=os.path.basename(path), dir=os.path.dirname(path))
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

@@ -1,0 +1,291 @@
+"""ABBA layers: a linear layer that keeps its own weight, bias and names, and gains four trainable factors.
+
+An adapted layer is the *same module object* with its class changed to a subclass (as FSDP2 and parametrizations do), so
+parameter names, shared modules and hooks stay as they were, and detaching restores the original class.
+"""
+import functools
+import hashlib
+import sys
+import types
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from . import reference
+from .config import AbbaConfig
+from .functional import abba_linear, abba_update
+
+FACTORS = ("abba_A1", "abba_B1", "abba_A2", "abba_B2")
+
+
+class AbbaLayer:
+    """Mixin that adds ΔW = s·(B1 A1) ⊙ (B2 A2) to a linear layer; see :class:`AbbaLinear`.
+
+    Parameters it adds: abba_A1 [r1, n], abba_B1 [m, r1], abba_A2 [r2, n], abba_B2 [m, r2].
+
+    Attributes:
+        abba_scale: s.
+        abba_dropout: Dropout probability on the adapter's input.
+        abba_enabled: False computes the base layer alone.
+        abba_merged: True while ΔW is added into the weight.
+    """
+
+    abba_A1: nn.Parameter
+    abba_B1: nn.Parameter
+    abba_A2: nn.Parameter
+    abba_B2: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W0ᵀ + bias + s·x ((B1 A1) ⊙ (B2 A2))ᵀ: x [..., n] → y [..., m]."""
+        if self.abba_merged or not self.abba_enabled:
+            return super().forward(x)
+        factors = (self.abba_A1, self.abba_B1, self.abba_A2, self.abba_B2)
+        if self.training and self.abba_dropout > 0:
+            dropped = dropout(x, self.abba_dropout)
+        elif self.abba_fused:
+            return abba_linear(x, self.abba_matrix(), self.bias, *factors, self.abba_scale,
+                               recompute_u=self.abba_recompute_u, plan=self.abba_plan)
+        else:
+            dropped = x
+        return abba_update(super().forward(x), dropped, *factors, self.abba_scale, recompute_u=self.abba_recompute_u)
+
+    def abba_matrix(self) -> Tensor:
+        """W0 as [m, n]; transformers' Conv1D keeps it transposed."""
+        return self.weight.t() if is_conv1d(self) else self.weight
+
+    def delta_weight(self) -> Tensor:
+        """The dense ΔW = s·(B1 A1) ⊙ (B2 A2), [m, n], in fp32 (fp64 for fp64 factors)."""
+        wide = torch.promote_types(self.abba_A1.dtype, torch.float32)
+        with torch.no_grad():
+            return reference.delta_weight(*(getattr(self, name).detach().to(wide) for name in FACTORS), self.abba_scale)
+
+    def merged_weight(self) -> Tensor:
+        """W0 + ΔW in the weight's dtype and layout, summed in fp32 (fp64 for fp64 weights) and rounded once.
+
+        Raises:
+            TypeError: The weight is not a plain floating-point tensor (quantised), so there is nothing exact to add to.
+        """
+        weight = self.weight
+        if not weight.is_floating_point() or type(weight.data) is not Tensor:
+            raise TypeError(f"cannot merge into a weight of {type(weight).__name__} {weight.dtype}: only plain floating-point "
+                            "weights can take ΔW")
+        delta = self.delta_weight()
+        wide = torch.promote_types(delta.dtype, weight.dtype)
+        with torch.no_grad():
+            return (weight.to(wide) + (delta.t() if is_conv1d(self) else delta).to(wide)).to(weight.dtype)
+
+    def merge(self, *, safe: bool = False, keep_base: bool = True) -> None:
+        """Adds ΔW into the weight, so that the layer costs what its base costs. Does nothing if already merged.
+
+        Args:
+            safe: Refuse, leaving the weight as it was, if the sum holds NaN or infinity.
+            keep_base: Keep a copy of W0, from which :meth:`unmerge` restores it bit for bit.
+
+        Raises:
+            ValueError: safe and the merged weight is not finite.
+            TypeError: See :meth:`merged_weight`.
+        """
+        if self.abba_merged:
+            return
+        merged = self.merged_weight()
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError("the merged weight holds NaN or infinity; the weight is left as it was")
+        self.abba_base_copy = self.weight.detach().clone() if keep_base else None
+        self.weight.data.copy_(merged)
+        self.abba_merged = True
+
+    def unmerge(self) -> None:
+        """Restores W0 bit for bit. Does nothing if not merged.
+
+        Raises:
+            RuntimeError: Merged with keep_base=False, so W0 is gone: subtracting ΔW would not give it back exactly.
+        """
+        if not self.abba_merged:
+            return
+        if self.abba_base_copy is None:
+            raise RuntimeError("cannot unmerge: the layer was merged with keep_base=False and subtracting ΔW would not restore "
+                               "the base weight exactly; load the base model again")
+        self.weight.data.copy_(self.abba_base_copy)
+        self.abba_base_copy = None
+        self.abba_merged = False
+
+    def extra_repr(self) -> str:
+        return (f"{super().extra_repr()}, r1={self.abba_A1.size(0)}, r2={self.abba_A2.size(0)}, "
+                f"scale={self.abba_scale:g}").lstrip(", ")
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (self.abba_base_class,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+
+class AbbaLinear(AbbaLayer, nn.Linear):
+    """nn.Linear with an ABBA update: y = x W0ᵀ + bias + s·x ((B1 A1) ⊙ (B2 A2))ᵀ, W0 frozen.
+
+    Shapes: x [..., n] → y [..., m]; weight [m, n]; abba_A1 [r1, n], abba_B1 [m, r1], abba_A2 [r2, n], abba_B2 [m, r2].
+
+    Args:
+        in_features: n.
+        out_features: m.
+        bias: Whether the base has a bias.
+        config: Ranks, scale, start, dropout; AbbaConfig() if None.
+        device: Device of all parameters.
+        dtype: dtype of weight and bias; the factors have config.adapter_dtype.
+        name: Name used to pick patterns and the random stream from the config.
+
+    Use ``AbbaLinear.from_linear(linear)`` to adapt an existing layer.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, config: AbbaConfig | None = None,
+                 device=None, dtype=None, name: str = ""):
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        config = config or AbbaConfig()
+        attach(self, config, name, init_factors(self, config, name))
+        self.weight.requires_grad_(False)
+        if bias:
+            self.bias.requires_grad_(config.bias != "none")
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, config: AbbaConfig | None = None, name: str = "") -> nn.Module:
+        """Adapts a linear layer in place (its class changes, its weight stays) and returns it, base frozen.
+
+        Raises:
+            TypeError: Not a linear layer that can be adapted.
+        """
+        config = config or AbbaConfig()
+        reason = refusal(linear)
+        if reason:
+            raise TypeError(f"linear: {reason}")
+        attach(linear, config, name, init_factors(linear, config, name))
+        linear.weight.requires_grad_(False)
+        if linear.bias is not None:
+            linear.bias.requires_grad_(config.bias != "none")
+        return linear
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' Conv1D: a linear layer whose weight is [n, m]."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # without it there is none in the model
+    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why the module cannot be adapted, or None if it can."""
+    if isinstance(module, AbbaLayer):
+        return "is adapted already"
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return f"is a {type(module).__name__}; only torch.nn.Linear and transformers' Conv1D can be adapted"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "is the output projection of torch.nn.MultiheadAttention, which reads its weight without calling it"
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        return "has its forward replaced on the instance, which would bypass the adapter"
+    return None
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(n, m) = (in_features, out_features) of a linear layer."""
+    if is_conv1d(module):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
+
+
+@functools.cache
+def _adapted_class(base: type) -> type:
+    if base is nn.Linear:
+        return AbbaLinear
+    return type(f"Abba{base.__name__}", (AbbaLayer, base), {"__module__": __name__})
+
+
+def _rebuild(base: type) -> nn.Module:
+    cls = _adapted_class(base)
+    return cls.__new__(cls)
+
+
+def attach(module: nn.Module, config: AbbaConfig, name: str, factors: dict[str, Tensor], scale: float | None = None):
+    """Turns a linear layer into an ABBA layer in place.
+
+    Args:
+        module: A layer for which :func:`refusal` is None.
+        config: Gives dropout, plan, recompute_u, and s unless scale is given.
+        name: The layer's name in the model.
+        factors: abba_A1 [r1, n], abba_B1 [m, r1], abba_A2 [r2, n], abba_B2 [m, r2].
+        scale: s; by the config if None.
+    """
+    if not isinstance(module, AbbaLayer):
+        base = type(module)
+        module.abba_base_class = base
+        module.__class__ = _adapted_class(base)
+        if hasattr(module, "_hf_hook"):  # accelerate calls the forward it found; point it at the adapted one
+            module._old_forward = types.MethodType(type(module).forward, module)
+    else:
+        module.abba_base_class = nn.Linear
+    for key in FACTORS:
+        module.register_parameter(key, nn.Parameter(factors[key]))
+    module.abba_scale = config.scale(name) if scale is None else scale
+    module.abba_dropout = float(config.dropout)
+    module.abba_recompute_u = config.recompute_u
+    module.abba_plan = config.plan
+    module.abba_enabled = True
+    module.abba_merged = False
+    module.abba_base_copy = None
+    base_forward = module.abba_base_class.forward
+    plain_weight = type(module.weight.data) is Tensor and module.weight.is_floating_point()
+    module.abba_fused = plain_weight and (base_forward is nn.Linear.forward or is_conv1d(module))
+
+
+def detach(module: nn.Module) -> None:
+    """Turns an ABBA layer back into its base layer in place; a merged weight stays merged."""
+    base = module.abba_base_class
+    for key in FACTORS:
+        delattr(module, key)
+    for key in [key for key in vars(module) if key.startswith("abba_")]:
+        delattr(module, key)
+    module.__class__ = base
+    if hasattr(module, "_hf_hook"):
+        module._old_forward = types.MethodType(base.forward, module)
+
+
+def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[str, Tensor]:
+    """The start of training for one layer (paper, section 3 and Table 3): ΔW = 0 with a gradient that is not.
+
+    "svd": (B1, A1) = (U√Σ, √Σ Vᵀ) of the rank-r1 truncated SVD of W0, the best rank-r1 approximation (Eckart–Young), by
+    randomised SVD; A2 Kaiming-uniform; B2 = 0. Ranks beyond W0's get B1 = 0 and a Kaiming-uniform A1.
+    "random": A1, B1, A2 Kaiming-uniform; B2 = 0.
+    Draws depend on (config.seed, name) alone.
+
+    Raises:
+        ValueError: init "svd" and the weight has no values to decompose (meta device or quantised).
+    """
+    n, m = features(module)
+    r1, r2 = config.ranks(name)
+    weight = module.weight
+    device, dtype = weight.device, getattr(torch, config.adapter_dtype)
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed}:{name}".encode()).digest()[:8], "little") >> 1
+    generator = torch.Generator().manual_seed(seed)
+
+    def kaiming(rows, columns):
+        return nn.init.kaiming_uniform_(torch.empty(rows, columns), a=5**0.5, generator=generator)
+
+    a2, a1, b1 = kaiming(r2, n), kaiming(r1, n), kaiming(m, r1)
+    if config.init == "svd":
+        if weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:
+            raise ValueError(f"init 'svd' needs the values of the weight of {name!r}, got {type(weight).__name__} {weight.dtype} "
+                             f"on {device}; load the weights first or use init='random'")
+        matrix = weight.detach().t() if is_conv1d(module) else weight.detach()
+        u, sigma, v = _truncated_svd(matrix.to(torch.promote_types(weight.dtype, torch.float32)), min(r1, m, n), seed)
+        root = sigma.sqrt()
+        b1 = torch.zeros(m, r1)
+        b1[:, : root.numel()] = u * root
+        a1[: root.numel()] = (v * root).t()
+    factors = {"abba_A1": a1, "abba_B1": b1, "abba_A2": a2, "abba_B2": torch.zeros(m, r2)}
+    return {key: factor.to(device=device, dtype=dtype) for key, factor in factors.items()}
+
+
+def _truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Top singular triplets U [m, rank], Σ [rank], V [n, rank] on the CPU, reproducible from the seed."""
+    if not torch.isfinite(matrix).all():
+        raise ValueError("init 'svd' needs a finite weight, got NaN or infinity in it")
+    width = min(rank + 16, *matrix.shape)  # oversampling makes the randomised range finder near-optimal
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(seed)
+        u, sigma, v = torch.svd_lowrank(matrix, q=width, niter=4)
+    return u[:, :rank].cpu(), sigma[:rank].cpu(), v[:, :rank].cpu()

@@ -1,0 +1,359 @@
+"""Puts ABBA layers into a model and takes them out again: patch_model, unpatch_model, merge, disable_adapter."""
+import contextlib
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .config import AbbaConfig, matches
+from .layers import AbbaLayer, attach, detach, init_factors, refusal
+
+_STATE = "_abba_patch"
+_HEAD_MODELS = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
+
+
+@dataclass
+class _Patch:
+    """What patch_model changed, kept on the model so that it can be undone."""
+
+    config: AbbaConfig
+    requires_grad: dict[str, bool]
+    originals: dict[str, Tensor] = field(default_factory=dict)  # base parameters that are trained, before training
+    hooks: list = field(default_factory=list)
+
+
+def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: bool = False) -> nn.Module:
+    """Freezes a model and gives its linear layers trainable ABBA updates, in place.
+
+    y = x W0ᵀ + bias + s·x ((B1 A1) ⊙ (B2 A2))ᵀ in every adapted layer; the model computes what it did before until the
+    first training step, because ΔW starts at 0. Names of the base's parameters do not change.
+
+    Args:
+        model: Any torch model: Hugging Face transformers (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, BERT,
+            RoBERTa, T5, ViT, ...) or plain modules.
+        config: See :class:`AbbaConfig`. The default adapts every linear layer of the repeated blocks at r1 = r2 = 16.
+        verbose: Print the trainable-parameter line.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: model or config is of another type.
+        ValueError: The model is patched already; nothing matches target_modules (the message lists near misses); a
+            target cannot be adapted. The model is left unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    config = AbbaConfig() if config is None else config
+    if not isinstance(config, AbbaConfig):
+        raise TypeError(f"config must be an AbbaConfig, got {type(config).__name__}")
+    if is_patched(model):
+        raise ValueError("model already has ABBA layers; call abba_ext.unpatch_model(model) first")
+    targets = find_targets(model, config)
+    trained = _trained_base_parameters(model, config, targets)
+    starts = {name: init_factors(module, config, name) for name, module in targets.items()}
+    scales = {name: config.scale(name) for name in targets}
+    apply_patch(model, config, starts, scales, trained)
+    if verbose:
+        print_trainable_parameters(model)
+    return model
+
+
+def apply_patch(model: nn.Module, config: AbbaConfig, factors: dict[str, dict[str, Tensor]], scales: dict[str, float],
+                trained: Sequence[str]) -> None:
+    """Attaches given factors by layer name, freezes the base except the named parameters, and records how to undo it."""
+    parameters = dict(model.named_parameters())
+    patch = _Patch(config, {name: parameter.requires_grad for name, parameter in parameters.items()},
+                   {name: parameters[name].detach().clone() for name in trained})
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in patch.originals)
+    for name, start in factors.items():
+        attach(model.get_submodule(name), config, name, start, scales[name])
+    patch.hooks = _checkpointing_hooks(model)
+    setattr(model, _STATE, patch)
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Takes every ABBA layer out and restores the base: weights bit for bit, trained biases and heads, requires_grad.
+
+    Raises:
+        ValueError: The model is not patched.
+        RuntimeError: A layer was merged without a copy of its base weight; see :meth:`AbbaLayer.unmerge`.
+    """
+    patch = patch_of(model)
+    layers = abba_layers(model)
+    for name, layer in layers.items():
+        if layer.abba_merged and layer.abba_base_copy is None:
+            raise RuntimeError(f"cannot unpatch: {name!r} was merged with keep_base=False, so its base weight is gone")
+    for layer in layers.values():
+        layer.unmerge()
+    with torch.no_grad():
+        for name, value in patch.originals.items():
+            model.get_parameter(name).copy_(value)
+    _release(model, patch)
+    return model
+
+
+def merge_and_unload(model: nn.Module, *, safe: bool = False) -> nn.Module:
+    """Adds every ΔW into its weight and takes the ABBA layers out: a plain model with no overhead, in place.
+
+    Sums run in fp32 (fp64 for fp64 weights) and are rounded once. Trained biases and heads stay as trained.
+
+    Args:
+        model: A patched model.
+        safe: Check every merged weight for NaN and infinity before any weight is written.
+
+    Returns:
+        The same model, its parameters' requires_grad as before patching.
+
+    Raises:
+        ValueError: The model is not patched; a weight is tied to another module, which merging would change too; or safe
+            and a merged weight is not finite. The model is left unchanged.
+        TypeError: A quantised weight cannot be merged into.
+    """
+    patch = patch_of(model)
+    merge(model, safe=safe, keep_base=False)
+    _release(model, patch)
+    return model
+
+
+def merge(model: nn.Module, *, safe: bool = False, keep_base: bool = True) -> None:
+    """Adds every ΔW into its weight, keeping the layers, so that :func:`unmerge` can go back. See merge_and_unload."""
+    patch_of(model)
+    layers = {name: layer for name, layer in abba_layers(model).items() if not layer.abba_merged}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}")
+    for name, layer in layers.items():
+        shared = [owner for owner in owners[id(layer.weight)] if owner != f"{name}.weight"]
+        if shared:
+            raise ValueError(f"cannot merge into {name}.weight: it is tied to {', '.join(shared)}, which merging would change "
+                             "too; untie it first (give the layer its own copy of the weight)")
+    for name, layer in layers.items():  # refuse before the first weight is written
+        finite = bool(torch.isfinite(layer.merged_weight()).all()) if safe else True
+        if not finite:
+            raise ValueError(f"the merged weight of {name!r} holds NaN or infinity; no weight was changed")
+    for layer in layers.values():
+        layer.merge(keep_base=keep_base)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restores every merged weight bit for bit from its kept copy. See :meth:`AbbaLayer.unmerge`."""
+    patch_of(model)
+    for layer in abba_layers(model).values():
+        layer.unmerge()
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the model computes as its base: no updates, trained biases and heads as before training.
+
+    Raises:
+        ValueError: The model is not patched.
+        RuntimeError: A layer was merged without a copy of its base weight.
+    """
+    patch = patch_of(model)
+    layers = abba_layers(model)
+    merged = [layer for layer in layers.values() if layer.abba_merged]
+    if any(layer.abba_base_copy is None for layer in merged):
+        raise RuntimeError("cannot disable the adapter: it was merged with keep_base=False, so the base weights are gone")
+    enabled = {layer: layer.abba_enabled for layer in layers.values()}
+
+    def swap():  # a trained parameter's value and its original
+        for name, original in patch.originals.items():
+            parameter = model.get_parameter(name)
+            patch.originals[name] = parameter.data
+            parameter.data = original.to(parameter.device)
+
+    for layer in merged:
+        layer.unmerge()
+    for layer in layers.values():
+        layer.abba_enabled = False
+    swap()
+    try:
+        yield model
+    finally:
+        swap()
+        for layer, state in enabled.items():
+            layer.abba_enabled = state
+        for layer in merged:
+            layer.merge()
+
+
+def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters of a model, tied ones counted once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints PEFT's line: trainable params: ... || all params: ... || trainable%: ..."""
+    trainable, total = get_nb_trainable_parameters(model)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / max(total, 1):.4f}")
+
+
+def abba_layers(model: nn.Module) -> dict[str, AbbaLayer]:
+    """The ABBA layers of a model by name; a shared layer once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AbbaLayer)}
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the model holds ABBA layers."""
+    return bool(abba_layers(model))
+
+
+def patch_of(model: nn.Module) -> _Patch:
+    """The record patch_model left on the model.
+
+    Raises:
+        ValueError: There is none.
+    """
+    patch = getattr(model, _STATE, None)
+    if patch is None:
+        raise ValueError("model is not patched (or is a part or a wrapper of the patched model); call "
+                         "abba_ext.patch_model(model) first, and pass the same object here")
+    return patch
+
+
+def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
+    """The layers that patch_model would adapt, by name, in the model's order; a shared layer once.
+
+    Raises:
+        ValueError: Nothing matches (the message lists near misses), or a target cannot be adapted.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+    modules = {name: module for name, module in model.named_modules() if name}
+    candidates = {name: module for name, module in modules.items() if refusal(module) is None}
+    wanted = config.target_modules
+
+    def fits(patterns, name):
+        names = aliases[id(modules[name])]
+        if isinstance(patterns, str):
+            return any(re.fullmatch(patterns, alias) for alias in names)
+        return any(alias == pattern or alias.endswith("." + pattern) for pattern in patterns for alias in names)
+
+    if wanted is None or wanted == "all-linear":
+        heads = _head_modules(model, config) + _output_embeddings(model)
+        free = [name for name in candidates if not any(name == head or name.startswith(head + ".") for head in heads)]
+        blocks = [name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        inside = [name for name in free if any(name.startswith(block) for block in blocks)]
+        selected = inside if wanted is None and inside else free
+    else:
+        selected = [name for name in candidates if fits(wanted, name)]
+        if not selected:
+            misfits = {name: refusal(module) for name, module in modules.items() if fits(wanted, name)}
+            raise ValueError(_nothing_matched(wanted, candidates, misfits))
+        if not isinstance(wanted, str):
+            unmatched = [pattern for pattern in wanted if not any(fits([pattern], name) for name in selected)]
+            if unmatched:
+                raise ValueError(_nothing_matched(unmatched, candidates, {
+                    name: refusal(module) for name, module in modules.items() if fits(unmatched, name)}))
+    if config.exclude_modules is not None:
+        selected = [name for name in selected if not fits(config.exclude_modules, name)]
+    if config.layers_to_transform is not None:
+        indices = {name: int(index.group(1)) for name in selected if (index := re.search(r"(?:^|\.)(\d+)\.", name))}
+        missing = sorted(set(config.layers_to_transform) - set(indices.values()))
+        if missing:
+            raise ValueError(f"layers_to_transform {missing}: the targets lie in blocks {sorted(set(indices.values()))}")
+        selected = [name for name in selected if indices.get(name) in config.layers_to_transform]
+    if not selected:
+        raise ValueError(f"no layer is left to adapt: target_modules={wanted!r}, exclude_modules={config.exclude_modules!r}; the "
+                         f"model has {len(candidates)} linear layers ({_leaf_names(candidates)})")
+    for kind in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, kind):
+            if not any(matches(pattern, name) for name in selected):
+                raise ValueError(f"{kind}: {pattern!r} fits no adapted layer; adapted are {_leaf_names(selected)}")
+    return {name: candidates[name] for name in selected}
+
+
+def _leaf_names(names) -> str:
+    leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    return ", ".join(leaves[:20]) + (", ..." if len(leaves) > 20 else "")
+
+
+def _nothing_matched(wanted, candidates, misfits) -> str:
+    message = f"target_modules {wanted!r} matches no linear layer"
+    if misfits:
+        name, reason = next(iter(misfits.items()))
+        message += f" ({name!r} {reason})"
+    near: list[str] = []
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        for pool in ({name.rsplit(".", 1)[-1] for name in candidates}, candidates):
+            near += difflib.get_close_matches(pattern, list(pool), n=3, cutoff=0.6)
+    if near:
+        message += f"; near misses: {', '.join(dict.fromkeys(near))}"
+    return f"{message}; the model's linear layers are named {_leaf_names(candidates) or '(none)'}"
+
+
+def _output_embeddings(model: nn.Module) -> list[str]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [name for name, module in model.named_modules() if module is head]
+
+
+def _head_modules(model: nn.Module, config: AbbaConfig) -> list[str]:
+    """Names of the modules that are trained in full."""
+    if config.modules_to_save is None:
+        prefix = getattr(model, "base_model_prefix", "")
+        if not (_HEAD_MODELS.search(type(model).__name__) and hasattr(model, prefix)):
+            return []
+        return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    found = []
+    for wanted in config.modules_to_save:
+        names = [name for name, _ in model.named_modules() if name == wanted or name.endswith("." + wanted)]
+        if not names:
+            near = difflib.get_close_matches(wanted, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}, n=3)
+            raise ValueError(f"modules_to_save: no module is named {wanted!r}" +
+                             (f"; near misses: {', '.join(near)}" if near else ""))
+        found += names
+    return found
+
+
+def _trained_base_parameters(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Module]) -> list[str]:
+    heads = _head_modules(model, config)
+    inside = [name for name in targets if any(name == head or name.startswith(head + ".") for head in heads)]
+    if inside:
+        raise ValueError(f"modules_to_save: {inside[0]!r} cannot be both adapted and trained in full")
+    trained = []
+    for name, parameter in model.named_parameters():
+        owner, _, key = name.rpartition(".")
+        in_head = any(name.startswith(head + ".") for head in heads)
+        is_bias = key == "bias" and (config.bias == "all" or config.bias == "abba_only" and owner in targets)
+        if (in_head or is_bias) and parameter.is_floating_point():
+            trained.append(name)
+    return trained
+
+
+def _checkpointing_hooks(model: nn.Module) -> list:
+    """Reentrant gradient checkpointing drops gradients of a block none of whose inputs requires one; with a frozen
+    embedding that is every block. While a model checkpoints, its embeddings' outputs are made to require gradients."""
+
+    def require_grad(module, inputs, output):
+        checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+        if checkpointing and torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point():
+            output.requires_grad_(True)
+
+    embeddings = {}
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            with contextlib.suppress(NotImplementedError, AttributeError):
+                embedding = module.get_input_embeddings()
+                if isinstance(embedding, nn.Module):
+                    embeddings[id(embedding)] = embedding
+    return [embedding.register_forward_hook(require_grad) for embedding in embeddings.values()]
+
+
+def _release(model: nn.Module, patch: _Patch) -> None:
+    for hook in patch.hooks:
+        hook.remove()
+    for layer in abba_layers(model).values():
+        detach(layer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(patch.requires_grad[name])
+    delattr(model, _STATE)
+
