@@ -34,8 +34,20 @@ except ImportError as error:
     raise ImportError(f"abba_ext: {hint} ({error}; torch {torch.__version__}).") from error
 
 project = torch.ops.abba.project.default
-expand_ = torch.ops.abba.expand_.default
 factor_grad = torch.ops.abba.factor_grad.default
+_expand_ = torch.ops.abba.expand_.default
+
+
+def expand_(y: torch.Tensor, u: torch.Tensor, f1: torch.Tensor, f2: torch.Tensor, s: float) -> None:
+    """y += s · u · KR(f1, f2), in place; outside of autograd (use :func:`expand` inside it).
+
+    Raises:
+        RuntimeError: Gradients are recorded and an argument requires one; or a shape, dtype or device does not fit.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, u, f1, f2)):
+        raise RuntimeError("expand_ writes in place and is not differentiable; use abba_ext.ops.expand or run it under "
+                           "torch.no_grad()")
+    _expand_(y, u, f1, f2, s)
 
 
 def build_info() -> dict[str, str]:

@@ -1,0 +1,231 @@
+"""The layer as a function: forward and every gradient against dense ΔW in fp64, for all bases, plans and dtypes."""
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import DTYPES, assert_close_to_truth, assert_no_worse_than, dense_linear, random_layer
+
+from abba_ext import abba_linear, abba_update, kernel_plan, reference
+
+NAMES = ("x", "weight", "bias", "a1", "b1", "a2", "b2")
+SCALE = 0.7
+
+
+def with_gradients(function, args, dy):
+    """Output and gradients of fresh leaves of args."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in args]
+    y = function(*leaves)
+    y.backward(dy.to(y.dtype))
+    return y.detach(), [None if t is None else t.grad for t in leaves]
+
+
+def check_layer(args, **options):
+    y_truth_shape = (*args[0].shape[:-1], args[1].size(0))
+    dy = torch.randn(y_truth_shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(args[0].dtype)
+    truth, truth_grads = with_gradients(lambda *a: dense_linear(*a, SCALE), args, dy)
+    eager, eager_grads = with_gradients(lambda *a: reference.abba_linear(*a, SCALE), args, dy)
+    ours, grads = with_gradients(lambda *a: abba_linear(*a, SCALE, **options), args, dy)
+    assert ours.dtype == args[0].dtype
+    assert_no_worse_than(ours, eager, truth, "y")
+    for name, arg, grad, eager_grad, truth_grad in zip(NAMES, args, grads, eager_grads, truth_grads):
+        if arg is not None and arg.requires_grad:
+            assert grad.dtype == arg.dtype
+            assert_no_worse_than(grad, eager_grad, truth_grad, f"d{name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 6), (3, 5), (8, 8), (16, 16), (9, 12)], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 48, 40), (33, 17, 65)], ids=str)
+def test_against_dense(dtype, ranks, sizes):
+    check_layer(random_layer(*sizes, *ranks, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 48, 40), (33, 700, 801)], ids=str)
+def test_dense_plan_against_dense(dtype, sizes):
+    check_layer(random_layer(*sizes, 5, 3, dtype), plan="dense")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("recompute_u", [False, True])
+def test_fp32_masters(dtype, recompute_u):
+    check_layer(random_layer(100, 60, 72, 8, 8, dtype, factor_dtype=torch.float32), recompute_u=recompute_u)
+
+
+@given(tokens=st.integers(1, 30), n=st.integers(1, 70), m=st.integers(1, 70), r1=st.integers(1, 9), r2=st.integers(1, 9),
+       dtype=st.sampled_from(DTYPES), bias=st.booleans(), recompute_u=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_shape(tokens, n, m, r1, r2, dtype, bias, recompute_u):
+    check_layer(random_layer(tokens, n, m, r1, r2, dtype, bias=bias), recompute_u=recompute_u)
+
+
+@pytest.mark.parametrize("plan, recompute_u", [("khatri_rao", False), ("khatri_rao", True), ("dense", False)])
+def test_first_and_second_derivatives(plan, recompute_u):
+    args = random_layer(4, 5, 6, 2, 3)
+
+    def function(*a):
+        return abba_linear(*a, SCALE, plan=plan, recompute_u=recompute_u)
+
+    assert torch.autograd.gradcheck(function, args)
+    assert torch.autograd.gradgradcheck(function, args)
+
+
+def test_update_first_and_second_derivatives():
+    x, _, _, *factors = random_layer(4, 5, 6, 2, 3)
+    base = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: abba_update(*a, SCALE), (base, x, *factors))
+    assert torch.autograd.gradgradcheck(lambda *a: abba_update(*a, SCALE), (base, x, *factors))
+
+
+def test_update_leaves_its_inputs_alone():
+    x, weight, bias, *factors = random_layer(10, 8, 6, 2, 3, torch.float32, requires_grad=False)
+    base = torch.nn.functional.linear(x, weight, bias)
+    copies = [t.clone() for t in (base, x)]
+    y = abba_update(base, x, *factors, SCALE)
+    assert torch.equal(base, copies[0]) and torch.equal(x, copies[1])
+    assert_close_to_truth(y, dense_linear(x, weight, bias, *factors, SCALE), 1e-6)
+
+
+@pytest.mark.parametrize("needed", [set(subset) for size in (1, 2) for subset in itertools.combinations(NAMES, size)], ids=str)
+@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+def test_only_needed_gradients(needed, plan):
+    args = [t.detach().requires_grad_(name in needed) for name, t in zip(NAMES, random_layer(6, 5, 7, 2, 3))]
+    truth = dense_linear(*args, SCALE)
+    expected = torch.autograd.grad(truth.sum(), [t for t in args if t.requires_grad])
+    actual = torch.autograd.grad(abba_linear(*args, SCALE, plan=plan).sum(), [t for t in args if t.requires_grad])
+    for ours, theirs in zip(actual, expected):
+        assert_close_to_truth(ours, theirs, 1e-12)
+
+
+def test_incoming_gradient_and_input_are_not_written():
+    args = random_layer(6, 5, 7, 2, 3, torch.float32)
+    y = abba_linear(*args, SCALE)
+    dy = torch.randn_like(y)
+    copies = [t.detach().clone() for t in (dy, *args)]
+    y.backward(dy)
+    assert all(torch.equal(copy, t) for copy, t in zip(copies, (dy, *args)))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5), (0, 5), (2, 0, 5)], ids=str)
+def test_leading_dimensions(shape):
+    _, weight, bias, *factors = random_layer(1, 5, 7, 2, 3)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for plan in ("khatri_rao", "dense"):
+        y = abba_linear(x, weight, bias, *factors, SCALE, plan=plan)
+        assert y.shape == (*shape[:-1], 7)
+        torch.testing.assert_close(y, dense_linear(x, weight, bias, *factors, SCALE))
+        grads = torch.autograd.grad(y.sum(), (x, *factors))
+        expected = torch.autograd.grad(dense_linear(x, weight, bias, *factors, SCALE).sum(), (x, *factors))
+        for ours, theirs in zip(grads, expected):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_strided_input_and_weight():
+    x, weight, bias, *factors = random_layer(24, 10, 8, 2, 3)
+    strided = torch.randn(4, 10, 6, dtype=torch.float64).transpose(1, 2)  # [4, 6, 10]
+    transposed = weight.detach().t().contiguous().t()
+    y = abba_linear(strided, transposed, bias, *factors, SCALE)
+    torch.testing.assert_close(y, dense_linear(strided, weight, bias, *factors, SCALE))
+
+
+def saved_bytes(function):
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return saved
+
+
+def test_saves_only_x_u_and_parameters():
+    args = random_layer(64, 100, 120, 4, 8, torch.float32)
+    own = {t.untyped_storage().data_ptr() for t in args}
+    extra = {k: v for k, v in saved_bytes(lambda: abba_linear(*args, SCALE)).items() if k not in own}
+    assert list(extra.values()) == [64 * 32 * 4]  # u [T, r1*r2]
+    assert set(saved_bytes(lambda: abba_linear(*args, SCALE, recompute_u=True))) <= own
+    assert set(saved_bytes(lambda: abba_linear(*args, SCALE, plan="dense"))) <= own
+
+
+def test_autocast_as_in_linear():
+    args = random_layer(20, 16, 24, 4, 4, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = abba_linear(*args, SCALE)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in args)
+    cast = [t.detach().bfloat16() if name in ("x", "weight", "bias") else t.detach() for name, t in zip(NAMES, args)]
+    assert torch.equal(y, abba_linear(*cast, SCALE))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+def test_compile_without_graph_breaks(dynamic, plan):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: abba_linear(*a, SCALE, plan=plan), fullgraph=True, dynamic=dynamic)
+    for tokens in (12, 20):
+        args = random_layer(tokens, 16, 24, 2, 4, torch.float32)
+        y = compiled(*args)
+        y.square().sum().backward()
+        truth = dense_linear(*[t.detach().double().requires_grad_() for t in args], SCALE)
+        assert_close_to_truth(y, truth, 1e-6, "y")
+        doubles = [t.detach().double().requires_grad_() for t in args]
+        dense_linear(*doubles, SCALE).square().sum().backward()
+        for name, ours, theirs in zip(NAMES, args, doubles):
+            assert_close_to_truth(ours.grad, theirs.grad, 1e-5, f"d{name}")
+
+
+def test_plan_follows_cost_and_dtype():
+    assert kernel_plan(1024, 2048, 2048, 16, 16).plan == "khatri_rao"
+    assert kernel_plan(4, 768, 768, 16, 16).plan == "khatri_rao"
+    assert kernel_plan(512, 768, 768, 16, 16).plan == "dense"
+    assert kernel_plan(512, 768, 768, 16, 16, torch.bfloat16).plan == "khatri_rao"
+    assert kernel_plan(512, 768, 768, 16, 16, torch.float32, "cuda").kernel == "composite"
+
+
+def test_plans_agree():
+    args = random_layer(50, 40, 30, 8, 8, torch.float32, requires_grad=False)
+    truth = dense_linear(*args, SCALE)
+    for plan in ("auto", "khatri_rao", "dense"):
+        assert_close_to_truth(abba_linear(*args, SCALE, plan=plan), truth, 1e-6, plan)
+
+
+def bad(**changes):
+    args = dict(zip((*NAMES, "scale"), (*random_layer(3, 4, 5, 2, 3, torch.float32, requires_grad=False), 1.0)))
+    return {**args, **changes}
+
+
+f32 = torch.float32
+ERRORS = {
+    "a1 rows": (bad(a1=torch.ones(2, 9)), ValueError, r"a1 must be \[r1, n\] with n = 4 as in x \[3, 4\], got \[2, 9\]"),
+    "a2 dimensions": (bad(a2=torch.ones(4)), ValueError, r"a2 must be \[r2, n\]"),
+    "b2 rows": (bad(b2=torch.ones(6, 3)), ValueError, r"b2 must be \[m, r2\] with m = 5, got \[6, 3\]"),
+    "b1 rank": (bad(b1=torch.ones(5, 4)), ValueError, r"b1 must be \[m, r1\] with r1 = 2 as in a1, got \[5, 4\]"),
+    "rank 0": (bad(a1=torch.ones(0, 4), b1=torch.ones(5, 0)), ValueError, r"a1 must be \[r1, n\]"),
+    "factor dtype": (bad(b1=torch.ones(5, 2, dtype=torch.bfloat16)), ValueError, "b1 must have a1's dtype .*got torch.bfloat16"),
+    "weight": (bad(weight=torch.ones(4, 5)), ValueError, r"weight must be \[m, n\] = \[5, 4\] .*got \[4, 5\]"),
+    "weight dtype": (bad(weight=torch.ones(5, 4).half()), ValueError, "weight must have x's dtype and device"),
+    "bias": (bad(bias=torch.ones(4)), ValueError, r"bias must be \[m\] = \[5\], got \[4\]"),
+    "scale": (bad(scale="1"), TypeError, "scale must be a number, got str"),
+    "scalar x": (bad(x=torch.tensor(1.0)), ValueError, r"x must be \[..., n\], got a scalar"),
+    "device": (bad(a1=torch.ones(2, 4, device="meta")), ValueError, "a1 must have a1's dtype and x's device"),
+    "plan": (bad(plan="fast"), ValueError, "plan must be 'auto', 'khatri_rao' or 'dense', got 'fast'"),
+    "dense half": (bad(plan="dense", x=torch.ones(3, 4).half(), weight=torch.ones(5, 4).half(), bias=None), ValueError,
+                   "plan 'dense' needs float32 or float64"),
+}
+
+
+@pytest.mark.parametrize("arguments, error, message", ERRORS.values(), ids=ERRORS)
+def test_errors_name_the_argument(arguments, error, message):
+    with pytest.raises(error, match=message):
+        abba_linear(**arguments)
+
+
+def test_update_checks_base_output():
+    x, _, _, *factors = random_layer(3, 4, 5, 2, 3, torch.float32, requires_grad=False)
+    with pytest.raises(ValueError, match=r"base_output must be \[3, 5\] .*got \[3, 4\]"):
+        abba_update(torch.ones(3, 4), x, *factors, 1.0)
