@@ -2,7 +2,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,9 +149,7 @@ class AbbaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-compatible values; :meth:`from_dict` is the inverse."""
-        plain = dataclasses.asdict(dataclasses.replace(self, rank_pattern=dict(self.rank_pattern),
-                                                       alpha_pattern=dict(self.alpha_pattern)))
-        return {key: list(value) if isinstance(value, (tuple, set)) else value for key, value in plain.items()}
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "AbbaConfig":
@@ -164,6 +162,14 @@ class AbbaConfig:
         if unknown:
             raise ValueError(f"unknown AbbaConfig fields {unknown}")
         return cls(**values)
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _split_rank(name: str, rank) -> tuple[int, int]:

@@ -55,8 +55,8 @@ class AbbaLayer:
         return self.weight.t() if is_conv1d(self) else self.weight
 
     def delta_weight(self) -> Tensor:
-        """The dense ΔW = s·(B1 A1) ⊙ (B2 A2), [m, n], in fp32 (fp64 for fp64 factors)."""
-        wide = torch.promote_types(self.abba_A1.dtype, torch.float32)
+        """The dense ΔW = s·(B1 A1) ⊙ (B2 A2), [m, n], in fp32 (fp64 for fp64 factors or weights)."""
+        wide = torch.float64 if torch.float64 in (self.abba_A1.dtype, self.weight.dtype) else torch.float32
         with torch.no_grad():
             return reference.delta_weight(*(getattr(self, name).detach().to(wide) for name in FACTORS), self.abba_scale)
 
@@ -70,10 +70,8 @@ class AbbaLayer:
         if not weight.is_floating_point() or type(weight.data) is not Tensor:
             raise TypeError(f"cannot merge into a weight of {type(weight).__name__} {weight.dtype}: only plain floating-point "
                             "weights can take ΔW")
-        delta = self.delta_weight()
-        wide = torch.promote_types(delta.dtype, weight.dtype)
-        with torch.no_grad():
-            return (weight.to(wide) + (delta.t() if is_conv1d(self) else delta).to(wide)).to(weight.dtype)
+        delta = self.delta_weight().t() if is_conv1d(self) else self.delta_weight()
+        return (weight.detach().to(delta.dtype) + delta).to(weight.dtype)
 
     def merge(self, *, safe: bool = False, keep_base: bool = True) -> None:
         """Adds ΔW into the weight, so that the layer costs what its base costs. Does nothing if already merged.

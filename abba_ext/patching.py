@@ -245,23 +245,19 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
         inside = [name for name in free if any(name.startswith(block) for block in blocks)]
         selected = inside if wanted is None and inside else free
     else:
+        for pattern in [wanted] if isinstance(wanted, str) else [[suffix] for suffix in wanted]:
+            if not any(fits(pattern, name) for name in candidates):
+                misfits = {name: refusal(module) for name, module in modules.items() if fits(pattern, name)}
+                raise ValueError(_nothing_matched(pattern if isinstance(pattern, str) else pattern[0], candidates, misfits))
         selected = [name for name in candidates if fits(wanted, name)]
-        if not selected:
-            misfits = {name: refusal(module) for name, module in modules.items() if fits(wanted, name)}
-            raise ValueError(_nothing_matched(wanted, candidates, misfits))
-        if not isinstance(wanted, str):
-            unmatched = [pattern for pattern in wanted if not any(fits([pattern], name) for name in selected)]
-            if unmatched:
-                raise ValueError(_nothing_matched(unmatched, candidates, {
-                    name: refusal(module) for name, module in modules.items() if fits(unmatched, name)}))
-    if config.exclude_modules is not None:
-        selected = [name for name in selected if not fits(config.exclude_modules, name)]
     if config.layers_to_transform is not None:
         indices = {name: int(index.group(1)) for name in selected if (index := re.search(r"(?:^|\.)(\d+)\.", name))}
         missing = sorted(set(config.layers_to_transform) - set(indices.values()))
         if missing:
             raise ValueError(f"layers_to_transform {missing}: the targets lie in blocks {sorted(set(indices.values()))}")
         selected = [name for name in selected if indices.get(name) in config.layers_to_transform]
+    if config.exclude_modules is not None:
+        selected = [name for name in selected if not fits(config.exclude_modules, name)]
     if not selected:
         raise ValueError(f"no layer is left to adapt: target_modules={wanted!r}, exclude_modules={config.exclude_modules!r}; the "
                          f"model has {len(candidates)} linear layers ({_leaf_names(candidates)})")
@@ -277,15 +273,13 @@ def _leaf_names(names) -> str:
     return ", ".join(leaves[:20]) + (", ..." if len(leaves) > 20 else "")
 
 
-def _nothing_matched(wanted, candidates, misfits) -> str:
-    message = f"target_modules {wanted!r} matches no linear layer"
+def _nothing_matched(pattern: str, candidates: dict[str, nn.Module], misfits: dict[str, str]) -> str:
+    message = f"target_modules: {pattern!r} matches no linear layer"
     if misfits:
         name, reason = next(iter(misfits.items()))
         message += f" ({name!r} {reason})"
-    near: list[str] = []
-    for pattern in [wanted] if isinstance(wanted, str) else wanted:
-        for pool in ({name.rsplit(".", 1)[-1] for name in candidates}, candidates):
-            near += difflib.get_close_matches(pattern, list(pool), n=3, cutoff=0.6)
+    near = [match for pool in ({name.rsplit(".", 1)[-1] for name in candidates}, candidates)
+            for match in difflib.get_close_matches(pattern, list(pool), n=3)]
     if near:
         message += f"; near misses: {', '.join(dict.fromkeys(near))}"
     return f"{message}; the model's linear layers are named {_leaf_names(candidates) or '(none)'}"

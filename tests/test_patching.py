@@ -1,0 +1,246 @@
+"""patch_model and its relatives: which layers, what is frozen, what comes back."""
+import architectures
+import pytest
+import torch
+from torch import nn
+
+import abba_ext
+from abba_ext import AbbaConfig, patch_model
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return x + self.k_proj(torch.relu(self.q_proj(self.norm(x))))
+
+
+class Toy(nn.Module):
+    def __init__(self, blocks=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(10, 8)
+        self.layers = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+IDS = torch.arange(10)[None]
+
+
+def adapted(config=None, model=None):
+    return list(abba_ext.abba_layers(patch_model(model or Toy(), config)))
+
+
+def test_default_is_every_linear_of_the_repeated_blocks():
+    assert adapted() == [f"layers.{i}.{p}" for i in range(3) for p in ("q_proj", "k_proj")]
+    assert adapted(model=nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))) == ["0", "2"]
+
+
+@pytest.mark.parametrize("kwargs, expected", [
+    ({"target_modules": ["q_proj"]}, ["layers.0.q_proj", "layers.1.q_proj", "layers.2.q_proj"]),
+    ({"target_modules": ["layers.1.q_proj", "head"]}, ["layers.1.q_proj", "head"]),
+    ({"target_modules": ["1.q_proj"]}, ["layers.1.q_proj"]),
+    ({"target_modules": r"layers\.[02]\.k_proj"}, ["layers.0.k_proj", "layers.2.k_proj"]),
+    ({"target_modules": "all-linear"}, [f"layers.{i}.{p}" for i in range(3) for p in ("q_proj", "k_proj")] + ["head"]),
+    ({"target_modules": "all-linear", "exclude_modules": ["head", "k_proj"]}, [f"layers.{i}.q_proj" for i in range(3)]),
+    ({"exclude_modules": r".*\.0\..*", "layers_to_transform": [0, 2]}, ["layers.2.q_proj", "layers.2.k_proj"]),
+    ({"layers_to_transform": 1, "target_modules": ["k_proj"]}, ["layers.1.k_proj"]),
+], ids=str)
+def test_selection(kwargs, expected):
+    assert adapted(AbbaConfig(**kwargs)) == expected
+
+
+ERRORS = {
+    "near miss": ({"target_modules": ["q_prj"]}, r"target_modules: 'q_prj' matches no linear layer; near misses: q_proj"),
+    "one of two": ({"target_modules": ["q_proj", "v_proj"]}, r"target_modules: 'v_proj' matches no linear layer"),
+    "no substring match": ({"target_modules": ["proj"]}, "matches no linear layer"),
+    "regex": ({"target_modules": "query.*"}, "target_modules: 'query.*' matches no linear layer.*are named q_proj, k_proj, head"),
+    "not linear": ({"target_modules": ["embed"]}, r"\('embed' is a Embedding; only torch.nn.Linear and transformers' Conv1D"),
+    "nothing left": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no layer is left to adapt"),
+    "layers": ({"layers_to_transform": [7]}, r"layers_to_transform \[7\]: the targets lie in blocks \[0, 1, 2\]"),
+    "rank_pattern": ({"rank_pattern": {"v_proj": 4}}, "rank_pattern: 'v_proj' fits no adapted layer"),
+    "alpha_pattern": ({"alpha_pattern": {"v_proj": 4}}, "alpha_pattern: 'v_proj' fits no adapted layer"),
+    "modules_to_save": ({"modules_to_save": ["heads"]}, "modules_to_save: no module is named 'heads'; near misses: head"),
+    "both": ({"modules_to_save": ["q_proj"], "target_modules": ["q_proj"]}, "'layers.0.q_proj' cannot be both adapted and trained in full"),
+}
+
+
+@pytest.mark.parametrize("kwargs, message", ERRORS.values(), ids=ERRORS)
+def test_errors_leave_the_model_alone(kwargs, message):
+    model = Toy()
+    with pytest.raises(ValueError, match=message):
+        patch_model(model, AbbaConfig(**kwargs))
+    assert not abba_ext.is_patched(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_failing_initialisation_leaves_the_model_alone():
+    model = Toy()
+    model.layers[2].k_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="finite"):
+        patch_model(model)
+    assert not abba_ext.is_patched(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        patch_model("gpt2")
+    with pytest.raises(TypeError, match="config must be an AbbaConfig, got dict"):
+        patch_model(Toy(), {"r": 4})
+    model = patch_model(Toy())
+    with pytest.raises(ValueError, match="already has ABBA layers"):
+        patch_model(model)
+    for call in (abba_ext.unpatch_model, abba_ext.merge_and_unload, abba_ext.merge, abba_ext.adapter_state_dict):
+        with pytest.raises(ValueError, match="model is not patched"):
+            call(Toy())
+
+
+def test_ranks_and_scales_follow_patterns():
+    model = patch_model(Toy(), AbbaConfig(r=4, alpha=2.0, rank_pattern={"layers.1.q_proj": (1, 3)}, alpha_pattern={"k_proj": 4.0}))
+    layers = abba_ext.abba_layers(model)
+    assert layers["layers.1.q_proj"].abba_A2.shape == (3, 8) and layers["layers.0.q_proj"].abba_A2.shape == (2, 8)
+    assert layers["layers.0.q_proj"].abba_scale == 2.0 and layers["layers.0.k_proj"].abba_scale == 8.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_adapter_dtype(dtype):
+    model = patch_model(Toy(), AbbaConfig(adapter_dtype=dtype))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {getattr(torch, dtype)}
+    model(IDS).sum().backward()
+
+
+@pytest.mark.parametrize("bias, expected", [
+    ("none", set()), ("abba_only", {f"layers.{i}.q_proj.bias" for i in range(3)}),
+    ("all", {f"layers.{i}.{m}.bias" for i in range(3) for m in ("q_proj", "norm")} | {"head.bias"}),
+])
+def test_bias(bias, expected, tmp_path):
+    model = patch_model(Toy(), AbbaConfig(bias=bias))
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "abba_" not in n} == expected
+    check_trained_parts(model, Toy(), tmp_path)
+
+
+def test_modules_to_save(tmp_path):
+    model = patch_model(Toy(), AbbaConfig(modules_to_save=["head", "0.norm"]))
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "abba_" not in n} == {
+        "head.weight", "head.bias", "layers.0.norm.weight", "layers.0.norm.bias"}
+    check_trained_parts(model, Toy(), tmp_path)
+
+
+def check_trained_parts(model, fresh, tmp_path):
+    """Training moves them; disabling, unpatching, saving and loading treat them as part of the adapter."""
+    base = fresh(IDS)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(IDS).square().mean().backward()
+        optimizer.step()
+    trained = model(IDS)
+    with abba_ext.disable_adapter(model):
+        torch.testing.assert_close(model(IDS), base)
+    assert torch.equal(model(IDS), trained)
+    abba_ext.save_adapter(model, tmp_path)
+    assert torch.equal(abba_ext.load_adapter(fresh, tmp_path)(IDS), trained)
+    torch.testing.assert_close(abba_ext.merge_and_unload(fresh)(IDS), trained)
+    torch.testing.assert_close(abba_ext.unpatch_model(model)(IDS), base)
+
+
+def test_disable_adapter_restores_after_an_error_and_while_merged():
+    model = patch_model(Toy())
+    for layer in abba_ext.abba_layers(model).values():
+        layer.abba_B2.data.normal_()
+    base, ours = Toy()(IDS), model(IDS)
+    with pytest.raises(KeyError), abba_ext.disable_adapter(model):
+        raise KeyError
+    assert torch.equal(model(IDS), ours)
+    abba_ext.merge(model)
+    merged = model(IDS)
+    torch.testing.assert_close(merged, ours, atol=1e-4, rtol=1e-4)
+    with abba_ext.disable_adapter(model):
+        torch.testing.assert_close(model(IDS), base)
+    assert torch.equal(model(IDS), merged)
+    abba_ext.unmerge(model)
+    assert torch.equal(model(IDS), ours)
+
+
+def test_shared_module_is_adapted_once():
+    model = Toy()
+    model.layers[2].q_proj = model.layers[0].q_proj
+    assert adapted(model=model).count("layers.0.q_proj") == 1
+    assert "layers.2.q_proj" not in abba_ext.abba_layers(model)
+    assert type(model.layers[2].q_proj) is abba_ext.AbbaLinear and model.layers[2].q_proj is model.layers[0].q_proj
+    other = Toy()
+    other.layers[2].q_proj = other.layers[0].q_proj
+    assert adapted(AbbaConfig(target_modules=["layers.2.q_proj"]), other) == ["layers.0.q_proj"]  # by its other name
+    abba_ext.unpatch_model(model)
+    assert type(model.layers[2].q_proj) is nn.Linear
+
+
+def test_tied_weight_can_be_trained_but_not_merged():
+    model = architectures.build("gemma")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    patch_model(model, AbbaConfig(target_modules=["lm_head", "q_proj"]))
+    model.lm_head.abba_B2.data.normal_()
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    with pytest.raises(ValueError, match=r"cannot merge into lm_head.weight: it is tied to model.embed_tokens.weight"):
+        abba_ext.merge_and_unload(model)
+    assert abba_ext.is_patched(model) and torch.equal(model.get_input_embeddings().weight, embedding)
+    abba_ext.unpatch_model(model)
+
+
+def test_merge_is_all_or_nothing():
+    model = patch_model(Toy())
+    for layer in abba_ext.abba_layers(model).values():
+        layer.abba_B2.data.normal_()
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.layers[2].k_proj.abba_A1.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the merged weight of 'layers.2.k_proj' holds NaN or infinity; no weight was changed"):
+        abba_ext.merge_and_unload(model, safe=True)
+    assert all(torch.equal(p, state[n]) for n, p in model.named_parameters() if "abba_A1" not in n)
+
+
+def test_unmerge_without_copy_is_refused():
+    model = patch_model(Toy())
+    abba_ext.merge(model, keep_base=False)
+    for call in (abba_ext.unmerge, abba_ext.unpatch_model):
+        with pytest.raises(RuntimeError, match="keep_base=False"):
+            call(model)
+    with pytest.raises(RuntimeError, match="keep_base=False"), abba_ext.disable_adapter(model):
+        pass
+
+
+def test_trainable_parameter_line(capsys):
+    model = patch_model(Toy(), AbbaConfig(r=4), verbose=True)
+    expected = 6 * 4 * 16  # layers x (r1 + r2) x (m + n)
+    assert abba_ext.get_nb_trainable_parameters(model)[0] == expected
+    assert capsys.readouterr().out.startswith(f"trainable params: {expected:,d} || all params: ")
+
+
+def test_multihead_attention_projection_is_not_adapted_silently():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "mlp": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match="output projection of torch.nn.MultiheadAttention, which reads its weight"):
+        patch_model(model, AbbaConfig(target_modules=["out_proj"]))
+    assert adapted(model=model) == ["mlp"]
+
+
+@pytest.mark.parametrize("head, model_name", [("classifier", "bert"), ("classifier", "vit")])
+def test_fresh_heads_are_trained_by_default(head, model_name):
+    model = patch_model(architectures.build(model_name))
+    assert getattr(model, head).weight.requires_grad
+    model = patch_model(architectures.build(model_name), AbbaConfig(modules_to_save=[]))
+    assert not getattr(model, head).weight.requires_grad
+
+
+def test_requires_grad_flags_come_back():
+    model = Toy()
+    model.embed.weight.requires_grad_(False)
+    for undo in (abba_ext.unpatch_model, abba_ext.merge_and_unload):
+        undo(patch_model(model))
+        assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"embed.weight"}
+        assert not model.embed._forward_hooks
