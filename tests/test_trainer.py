@@ -1,0 +1,88 @@
+"""Hugging Face Trainer: training, checkpoints, resuming, accumulation, checkpointed activations, plain from_pretrained."""
+import architectures
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import abba_ext
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __init__(self, count=32):
+        self.ids = torch.randint(3, 60, (count, 10), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def trainer(model, folder, **kwargs):
+    arguments = dict(output_dir=str(folder), per_device_train_batch_size=4, max_steps=6, learning_rate=1e-2, logging_steps=1,
+                     save_strategy="steps", save_steps=3, report_to=[], disable_tqdm=True, use_cpu=True, seed=0)
+    return Trainer(model=model, args=TrainingArguments(**{**arguments, **kwargs}), train_dataset=Tokens(), eval_dataset=Tokens(8))
+
+
+def factors(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "abba_" in name}
+
+
+def build():
+    return abba_ext.patch_model(architectures.build("llama"), abba_ext.AbbaConfig(r=8))
+
+
+def test_train_checkpoint_and_resume(tmp_path):
+    whole = trainer(build(), tmp_path / "whole")
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+    resumed = trainer(build(), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for key, value in factors(whole.model).items():
+        assert torch.equal(factors(resumed.model)[key], value), key
+
+
+def test_trainer_checkpoint_keeps_the_base_loadable(tmp_path):
+    model = build()
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "abba_" not in name}
+    run = trainer(model, tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert all(torch.equal(parameter, base[name]) for name, parameter in plain.named_parameters())
+    abba_ext.save_adapter(model, tmp_path / "adapter")
+    batch = architectures.inputs("llama")
+    abba_ext.load_adapter(plain, tmp_path / "adapter")
+    assert torch.equal(plain.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("kwargs", [
+    {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+], ids=["accumulation", "reentrant", "non-reentrant"])
+def test_same_result_by_other_means(kwargs, tmp_path):
+    plain = trainer(build(), tmp_path / "plain", save_strategy="no", max_steps=2)
+    plain.train()
+    other = trainer(build(), tmp_path / "other", save_strategy="no", max_steps=2, **kwargs)
+    other.train()
+    for key, value in factors(plain.model).items():
+        torch.testing.assert_close(factors(other.model)[key], value, atol=2e-4, rtol=2e-3, msg=key)
+
+
+def test_bf16_autocast(tmp_path):
+    run = trainer(build(), tmp_path, save_strategy="no", bf16=True)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(value.dtype == torch.float32 for value in factors(run.model).values())
+
+
+def test_best_model_is_reloaded(tmp_path):
+    run = trainer(build(), tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+    run.train()
+    best = load_file(f"{run.state.best_model_checkpoint}/model.safetensors")
+    assert all(torch.equal(value, best[key]) for key, value in factors(run.model).items())
