@@ -285,5 +285,5 @@ def _truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
     width = min(rank + 16, *matrix.shape)  # oversampling makes the randomised range finder near-optimal
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(seed)
-        u, sigma, v = torch.svd_lowrank(matrix, q=width, niter=4)
+        u, sigma, v = torch.svd_lowrank(matrix, q=width, niter=2)
     return u[:, :rank].cpu(), sigma[:rank].cpu(), v[:, :rank].cpu()
