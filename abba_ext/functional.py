@@ -109,7 +109,8 @@ def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: 
 
     Source: arXiv 2505.14238, section 3 and Theorem 1.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     _check_factors(x, a1, b1, a2, b2, scale)
     _check_base(x, weight, bias, b1)
     return _AbbaLinear.apply(x, None, weight, bias, a1, b1, a2, b2, float(scale), recompute_u, plan)
@@ -160,13 +161,17 @@ class _AbbaLinear(torch.autograd.Function):
         else:
             ctx.dense = False
         if ctx.dense:
-            y, u = _dense_forward(x2, weight, bias, a1, b1, a2, b2, scale), None
+            y, u = _dense_forward(x2, weight.to(x.dtype), _cast(bias, x.dtype), a1, b1, a2, b2, scale), None
         else:
             u = ops.project(x2, a1, a2)
-            y = linear(x2, weight, bias) if weight is not None else base_output.reshape(-1, b1.size(0)).clone()
+            if weight is not None:
+                y = linear(x2, weight.to(x.dtype), _cast(bias, x.dtype))
+            else:
+                y = base_output.reshape(-1, b1.size(0)).clone()
             ops.expand_(y, u, b1.t(), b2.t(), scale)
         ctx.scale = scale
-        ctx.has_base_output = base_output is not None
+        ctx.bias_dtype = bias.dtype if bias is not None else None
+        # Under autocast the weight is saved as it is and cast again in backward: no half-precision copy per layer is kept.
         ctx.save_for_backward(x, weight, a1, b1, a2, b2, None if recompute_u else u)
         return y.view(*x.shape[:-1], b1.size(0))
 
@@ -179,11 +184,11 @@ class _AbbaLinear(torch.autograd.Function):
         x2, dy2 = x.reshape(-1, x.size(-1)), dy.reshape(-1, dy.size(-1))
         dx = dweight = dbias = da1 = da2 = db1 = db2 = None
         if ctx.dense and not torch.is_grad_enabled():
-            dx, da1, db1, da2, db2 = _dense_backward(x2, dy2, weight, a1, b1, a2, b2, scale, need_x, need_a or need_b)
+            dx, da1, db1, da2, db2 = _dense_backward(x2, dy2, weight.to(x.dtype), a1, b1, a2, b2, scale, need_x, need_a or need_b)
         else:
             v = ops.project(dy2, b1.t(), b2.t()) if need_x or need_a else None
             if need_x:
-                base = dy2 @ weight if weight is not None else dy2.new_zeros(x2.shape)
+                base = dy2 @ weight.to(x.dtype) if weight is not None else dy2.new_zeros(x2.shape)
                 dx = _add_expanded(base, v, a1, a2, scale)
             if need_a:
                 da1, da2 = ops.factor_grad(x2, v, a1, a2, scale)
@@ -192,9 +197,9 @@ class _AbbaLinear(torch.autograd.Function):
                     u = ops.project(x2, a1, a2)
                 db1, db2 = (grad.t() for grad in ops.factor_grad(dy2, u, b1.t(), b2.t(), scale))
         if need_weight:
-            dweight = dy2.t() @ x2
+            dweight = (dy2.t() @ x2).to(weight.dtype)
         if need_bias:
-            dbias = dy2.sum(0)
+            dbias = dy2.sum(0).to(ctx.bias_dtype)
         return (dx.view(x.shape) if need_x else None, dy if need_base else None, dweight, dbias,
                 da1 if need_a1 else None, db1 if need_b1 else None, da2 if need_a2 else None, db2 if need_b2 else None,
                 None, None, None)
@@ -255,12 +260,8 @@ def _dense_backward(x, dy, weight, a1, b1, a2, b2, scale, need_x, need_factors):
 # --- argument checks ---
 
 
-def _autocast(x, weight, bias):
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = bias.to(dtype) if bias is not None else None
-    return x, weight, bias
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _check_base(x, weight, bias, b1):
@@ -271,7 +272,8 @@ def _check_base(x, weight, bias, b1):
     if bias is not None and bias.shape != (m,):
         raise ValueError(f"bias must be [m] = [{m}], got {list(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+        fits = tensor is None or tensor.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        if not fits or tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must have x's dtype and device ({x.dtype}, {x.device}), "
                              f"got {tensor.dtype}, {tensor.device}")
 

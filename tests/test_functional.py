@@ -151,6 +151,18 @@ def test_saves_only_x_u_and_parameters():
     assert set(saved_bytes(lambda: abba_linear(*args, SCALE, plan="dense"))) <= own
 
 
+def test_autocast_saves_no_copy_of_the_weight():
+    args = random_layer(64, 100, 120, 4, 8, torch.float32)
+    own = {t.untyped_storage().data_ptr() for t in args}
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return abba_linear(*args, SCALE)
+
+    extra = {k: v for k, v in saved_bytes(run).items() if k not in own}
+    assert sorted(extra.values()) == [64 * 32 * 2, 64 * 100 * 2]  # u and x in bf16
+
+
 def test_autocast_as_in_linear():
     args = random_layer(20, 16, 24, 4, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
