@@ -1,70 +1,89 @@
 """Builds abba_ext._C with torch.utils.cpp_extension. Everything else about the package is in pyproject.toml.
 
-ABBA_BUILD=debug adds assertions-friendly -O1 -g; MAX_JOBS limits parallel compilation, as in every torch extension.
+Environment: CXX is the C++ compiler (default: c++), MAX_JOBS limits parallel compilation (needs ninja), and
+ABBA_BUILD=debug compiles with -O1 -g.
 """
 import os
 import re
-import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
-ROOT = Path(__file__).parent
+MIN_SETUPTOOLS = (77,)  # the first to read `license = "Apache-2.0"` in pyproject.toml
 MIN_TORCH = (2, 11)
-BUILDS = not {"egg_info", "dist_info", "sdist", "--version", "--name", "clean"} & set(sys.argv)
+NEEDS_NO_TORCH = {"sdist", "egg_info"}
+CXX = os.environ.setdefault("CXX", "c++")  # torch compiles with CXX, setuptools links with it
+CXX_STANDARD = "-std=c++20"
 
 
 def fail(sentence):
     sys.exit(f"abba_ext: {sentence}")
 
 
-def extension():
+def numbers(version):
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def torch_version():
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     try:
         import torch
-        from torch.utils import cpp_extension
-    except ImportError as error:
-        fail(f"torch cannot be imported ({error}); install it first (pip install 'torch>=2.11') "
-             "and build with `pip install --no-build-isolation .`")
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < MIN_TORCH:
+    except (ImportError, OSError) as error:
+        fail(f"torch cannot be imported to build against ({error}); install it anew with "
+             "`pip install --force-reinstall 'torch>=2.11'`.")
+    if numbers(torch.__version__) < MIN_TORCH:
         fail(f"torch {torch.__version__} is too old: abba_ext needs torch 2.11 or newer; run `pip install -U torch`.")
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
-        fail(f"no C++ compiler: '{compiler}' is not on PATH; install g++ 11 or newer (Debian: `apt-get install g++`) "
-             "or name one in CXX.")
+    return torch.__version__
+
+
+def compiler_version():
+    command = [CXX, CXX_STANDARD, "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        trial = subprocess.run(command, input="#include <concepts>\n", capture_output=True, text=True)
+    except OSError:
+        fail(f"no C++ compiler: cannot run '{CXX}'; install g++ 11 or newer (Debian, Ubuntu: `apt-get install g++`) "
+             "or name a compiler that is there in the variable CXX.")
+    if trial.returncode:
+        fail(f"'{CXX}' cannot compile C++20; install g++ 11 or newer, or name such a compiler in the variable CXX. "
+             f"It said:\n{trial.stderr.strip()}")
+    return subprocess.run([CXX, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+
+
+def extension():
+    torch, compiler = torch_version(), compiler_version()
     try:
         import pybind11
     except ImportError:
-        fail("pybind11 is missing; with --no-build-isolation install the build tools first: "
-             "`pip install setuptools ninja pybind11`.")
-    try:
-        has_ninja = subprocess.run(["ninja", "--version"], capture_output=True).returncode == 0
-    except OSError:
-        has_ninja = False
-    debug = os.environ.get("ABBA_BUILD") == "debug"
-    flags = ["-std=c++20", *(["-O1", "-g"] if debug else ["-O3", "-fno-math-errno"]), "-Wall", "-fvisibility=hidden"]
-    compiler_version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
-    define = {
-        "ABBA_BUILD_TORCH": torch.__version__,
-        "ABBA_BUILD_COMPILER": compiler_version,
+        fail("pybind11 is missing; run `pip install pybind11 ninja` or build without `--no-build-isolation`.")
+    from torch.utils import cpp_extension
+
+    print(f"abba_ext: building against torch {torch} with {compiler}. If a compiler error follows, try g++ 11 or newer "
+          "(variable CXX); if the compiler was killed, set MAX_JOBS=1 to save memory.", flush=True)
+    optimise = ["-O1", "-g"] if os.environ.get("ABBA_BUILD") == "debug" else ["-O3", "-g0", "-fno-math-errno"]
+    flags = [CXX_STANDARD, *optimise, "-Wall", "-fvisibility=hidden"]
+    build_info = {
+        "ABBA_BUILD_TORCH": torch,
+        "ABBA_BUILD_COMPILER": compiler,
         "ABBA_BUILD_FLAGS": " ".join(flags),
         "ABBA_BUILD_CUDA": "",
     }
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     module = cpp_extension.CppExtension(
         "abba_ext._C",
-        sources,
+        sorted(map(str, Path("csrc").rglob("*.cpp"))),
         include_dirs=[pybind11.get_include()],
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
-        define_macros=[(key, f'"{value}"') for key, value in define.items()],
+        define_macros=[(name, f'"{value}"') for name, value in build_info.items()],
         extra_compile_args={"cxx": flags},
     )
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=has_ninja)},
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "options": {"build_ext": {"force": True}},  # build/ may hold a module for another torch
     }
 
 
-setup(**(extension() if BUILDS else {}))
+if numbers(setuptools.__version__) < MIN_SETUPTOOLS:
+    fail(f"setuptools {setuptools.__version__} is too old to build abba_ext; run `pip install -U 'setuptools>=77'`.")
+setuptools.setup(**(extension() if NEEDS_NO_TORCH.isdisjoint(sys.argv) else {}))

@@ -28,7 +28,7 @@ except ImportError as error:
         hint = (f"the compiled module is missing because abba_ext was imported from its source tree ({here}); run "
                 "`pip install -e .` there, or leave the folder and `pip install` it")
     else:
-        hint = "the compiled module cannot be loaded; reinstall with `pip install --force-reinstall abba_ext`"
+        hint = "the compiled module cannot be loaded; rebuild it with `pip install --force-reinstall --no-deps .` in its source folder"
     if "_C" not in str(error) or "undefined symbol" in str(error):
         hint = "the compiled module does not match this torch; reinstall abba_ext against it"
     raise ImportError(f"abba_ext: {hint} ({error}; torch {torch.__version__}).") from error

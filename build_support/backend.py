@@ -1,74 +1,69 @@
-"""PEP 517 backend: setuptools, with the torch of the target environment made visible to an isolated build.
+"""PEP 517 backend: setuptools, with the torch of the environment that is installed into.
 
-pip builds in an isolated environment that hides the installed torch; building against another torch would download
-gigabytes for nothing. The backend looks for the torch that is already there and adds its site-packages at the *end*
-of sys.path (so that the isolated build tools keep precedence). Only where there is none does it ask for torch.
+Front ends build in an isolated environment, which hides that torch; a second one would be a download of gigabytes for
+nothing. So the backend asks the Python of the target where its torch is, and appends those folders to sys.path: at the
+end, so that the isolated build tools keep precedence. Only where there is none does torch become a build requirement.
 """
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F401,F403  (the PEP 517 hooks not overridden below)
+from setuptools.build_meta import *  # noqa: F403  (the hooks that are not overridden below)
 
 TORCH_REQUIREMENT = "torch>=2.11"
+PRINT_TORCH_PATHS = """
+import importlib.util, os, sys
+torch = importlib.util.find_spec("torch")
+if torch:
+    print(os.path.dirname(os.path.dirname(torch.origin)), *sys.path[1:], sep="\\n")
+"""
 
 
-def _front_end_purelib():
-    """site-packages of the Python that called this build (`python -m build` builds inside a temporary venv)."""
+def _target_pythons():
+    """The Python that pip builds with, then that of the front end: uv and `python -m build` build in a temporary venv.
+
+    The front end is the parent process; only Linux tells about it.
+    """
+    yield sys.executable
+    process = Path("/proc", str(os.getppid()))
     try:
-        parent = os.readlink(f"/proc/{os.getppid()}/exe")
-        argv0 = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[0].decode()
+        command = os.fsdecode((process / "cmdline").read_bytes())
+        environment = os.fsdecode((process / "environ").read_bytes())
+        folder = os.readlink(process / "cwd")
     except OSError:
-        return []
-    if "python" not in Path(parent).name:
-        return []
-    python = argv0 if os.path.isabs(argv0) else parent
-    query = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    result = subprocess.run([python, "-c", query], capture_output=True, text=True)
-    return [result.stdout.strip()] if result.returncode == 0 else []
+        return
+    variables = dict(re.findall(r"([^=\0]+)=([^\0]*)", environment))
+    program = command.split("\0")[0]
+    if Path(program).name == "uv":
+        request = re.findall(r"\0(?:--python[\0=]|-p\0?|UV_PYTHON=)([^\0]+)", f"{command}\0{environment}")[:1]
+        system = re.findall(r"\0(--system)\0", command)
+        find = [process / "exe", "python", "find", *system, *request]
+        yield from subprocess.run(find, env=variables, cwd=folder, capture_output=True, text=True).stdout.splitlines()
+    elif Path(program).name.startswith("python"):
+        yield shutil.which(os.path.join(folder, program) if "/" in program else program, path=variables.get("PATH"))
 
 
-def _candidates():
-    yield sysconfig.get_paths()["purelib"]
-    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
-        if prefix := os.environ.get(variable):
-            yield os.path.join(prefix, "Lib" if os.name == "nt" else os.path.join("lib", python), "site-packages")
-    yield from _front_end_purelib()
-
-
-def _torch_visible():
+def _torch_is_visible():
     if importlib.util.find_spec("torch"):
         return True
-    for path in _candidates():
-        if os.path.isfile(os.path.join(path, "torch", "version.py")):
-            sys.path.append(path)
-            importlib.invalidate_caches()
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    for python in filter(None, _target_pythons()):
+        paths = subprocess.run([python, "-c", PRINT_TORCH_PATHS], env=environment, capture_output=True, text=True)
+        if paths.stdout:
+            sys.path += [path for path in paths.stdout.splitlines() if path not in sys.path]
             return True
     return False
 
 
-def _requirements(base):
-    return base if _torch_visible() else [*base, TORCH_REQUIREMENT]
+_REQUIRES = [] if _torch_is_visible() else [TORCH_REQUIREMENT]
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return _requirements(build_meta.get_requires_for_build_wheel(config_settings))
+    return _REQUIRES
 
 
-def get_requires_for_build_editable(config_settings=None):
-    return _requirements(build_meta.get_requires_for_build_editable(config_settings))
-
-
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    _torch_visible()
-    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
-
-
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    _torch_visible()
-    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+get_requires_for_build_editable = get_requires_for_build_wheel

@@ -128,7 +128,7 @@ inline void contract_khatri_rao(Tensor& df1, Tensor& df2, const Tensor& p, const
 // The matrix products are torch's own (MKL, oneDNN, ...), reached below the dispatcher: no autograd, no autocast.
 // out [i, j] = beta * out + alpha * a [i, k] * b [k, j]
 inline void gemm_(Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
 }
 
 inline Tensor slice(const Tensor& t, int64_t dim, int64_t begin, int64_t count) {
