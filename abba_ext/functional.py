@@ -12,16 +12,13 @@ __all__ = ["KernelPlan", "abba_linear", "abba_update", "kernel_plan"]
 
 Plan = Literal["auto", "khatri_rao", "dense"]
 
-# Rows of W0 whose dense ΔW is formed at once by the dense plan: a few [rows, n] fp32 blocks stay in cache.
-_DENSE_BLOCK_ELEMENTS = 1 << 18
-
 
 class KernelPlan(NamedTuple):
     """The path that one call of the layer takes, and why.
 
     Attributes:
         plan: "khatri_rao" (three operators on r1·r2 columns) or "dense" (ΔW formed block by block).
-        kernel: "cpu" (compiled kernels) or "composite" (torch matmuls).
+        kernel: "cpu" (compiled) or "composite" (torch matmuls).
         reason: One sentence.
     """
 
@@ -34,10 +31,13 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
                 dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", plan: Plan = "auto") -> KernelPlan:
     """Which path :func:`abba_linear` takes for T tokens, W0 [m, n] and ranks (r1, r2).
 
-    The Khatri–Rao plan spends 6·T·R·(m+n) floating-point operations per training step beside the base layer's, R = r1·r2.
-    The dense plan forms W0 + ΔW and contracts dW onto the factors: 12·(r1+r2)·m·n for the factors beside 2·T·m·n for dW,
-    fewer once R is large against m·n/(m+n) and T against the ranks. It is considered in fp32 and fp64 only: in half
-    precision a ΔW below 2⁻⁹·|W0| would be rounded away.
+    Floating-point operations of a training step beside the base layer's, with R = r1·r2:
+
+        khatri_rao   6·T·R·(m+n)
+        dense        2·T·m·n for dW, and 10·(r1+r2)·m·n to form ΔW and to contract dW onto the factors
+
+    The dense plan pays where R is large against m·n/(m+n) and T against the ranks. It runs in fp32 and fp64 on the CPU: in
+    half precision a ΔW below 2⁻⁹·|W0| would be rounded away. It keeps up to 4 Mi elements of scratch per calling thread.
 
     Args:
         num_tokens: T, rows of the flattened input.
@@ -57,27 +57,23 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
     kernel = "cpu" if torch.device(device).type == "cpu" else "composite"
     wide = dtype in (torch.float32, torch.float64)
     if plan == "dense":
-        if not wide:
-            raise ValueError(f"plan 'dense' needs float32 or float64 activations, got {dtype}: in half precision it "
-                             "rounds small updates away")
-        return KernelPlan("dense", "composite", "asked for")
+        if not wide or kernel != "cpu":
+            raise ValueError(f"plan 'dense' needs float32 or float64 activations on the CPU, got {dtype} on {device}: in half "
+                             "precision it would round small updates away")
+        return KernelPlan("dense", kernel, "asked for")
     if plan == "khatri_rao":
         return KernelPlan("khatri_rao", kernel, "asked for")
-    if not wide:
-        return KernelPlan("khatri_rao", kernel, "half-precision activations")
-    m, n, rank = out_features, in_features, r1 * r2
-    khatri_rao_flops = 6 * num_tokens * rank * (m + n)
-    dense_flops = 2 * num_tokens * m * n + 12 * (r1 + r2) * m * n
-    if kernel == "cpu" and _DENSE_MARGIN * dense_flops < khatri_rao_flops:
-        return KernelPlan("dense", "composite", f"{dense_flops / 1e9:.2f} GFLOP beside the base layer against "
-                          f"{khatri_rao_flops / 1e9:.2f} of the Khatri–Rao plan")
-    return KernelPlan("khatri_rao", kernel, f"{khatri_rao_flops / 1e9:.2f} GFLOP beside the base layer against "
-                      f"{dense_flops / 1e9:.2f} of the dense plan")
+    if not wide or kernel != "cpu":
+        return KernelPlan("khatri_rao", kernel, "half-precision activations" if not wide else "the dense plan is for the CPU")
+    khatri_rao = 6 * num_tokens * r1 * r2 * (out_features + in_features)
+    dense = 2 * out_features * in_features * (num_tokens + _SKINNY_COST * 5 * (r1 + r2))
+    return KernelPlan("dense" if dense < khatri_rao else "khatri_rao", kernel,
+                      f"cost beside the base layer: khatri_rao {khatri_rao / 1e9:.2f} GFLOP, dense {dense / 1e9:.2f}")
 
 
-# The dense plan's low-rank products and element-wise passes run below matmul speed. Measured by
-# benchmarks/bench_layer.py on 2 CPU cores: it wins at 768x768 (T >= 512) and loses at 768x3072 and 2048x2048.
-_DENSE_MARGIN = 1.2
+# The dense plan's low-rank products run at half the rate of the large ones; measured on 2 cores with AVX-512 at 768x768,
+# 768x3072 and 2048x2048, r1 = r2 = 16 (benchmarks/results).
+_SKINNY_COST = 2
 
 
 def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor,
@@ -154,20 +150,21 @@ class _AbbaLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, base_output, weight, bias, a1, b1, a2, b2, scale, recompute_u, plan):
-        x2 = x.reshape(-1, x.size(-1))
+        x2 = _flat(x)
         if weight is not None:
             chosen = kernel_plan(x2.size(0), x2.size(1), b1.size(0), a1.size(0), a2.size(0), x.dtype, x.device, plan)
             ctx.dense = chosen.plan == "dense"
         else:
             ctx.dense = False
         if ctx.dense:
-            y, u = _dense_forward(x2, weight.to(x.dtype), _cast(bias, x.dtype), a1, b1, a2, b2, scale), None
+            factors = [_cast(factor, x.dtype).contiguous() for factor in (a1, b1, a2, b2)]
+            y, u = ops.dense_forward(x2, weight.to(x.dtype), _cast(bias, x.dtype), *factors, scale), None
         else:
             u = ops.project(x2, a1, a2)
             if weight is not None:
                 y = linear(x2, weight.to(x.dtype), _cast(bias, x.dtype))
             else:
-                y = base_output.reshape(-1, b1.size(0)).clone()
+                y = _flat(base_output).clone()
             ops.expand_(y, u, b1.t(), b2.t(), scale)
         ctx.scale = scale
         ctx.bias_dtype = bias.dtype if bias is not None else None
@@ -181,10 +178,12 @@ class _AbbaLinear(torch.autograd.Function):
         need_x, need_base, need_weight, need_bias, need_a1, need_b1, need_a2, need_b2 = ctx.needs_input_grad[:8]
         need_a, need_b = need_a1 or need_a2, need_b1 or need_b2
         scale = ctx.scale
-        x2, dy2 = x.reshape(-1, x.size(-1)), dy.reshape(-1, dy.size(-1))
+        x2, dy2 = _flat(x), _flat(dy)
         dx = dweight = dbias = da1 = da2 = db1 = db2 = None
         if ctx.dense and not torch.is_grad_enabled():
-            dx, da1, db1, da2, db2 = _dense_backward(x2, dy2, weight.to(x.dtype), a1, b1, a2, b2, scale, need_x, need_a or need_b)
+            factors = [_cast(factor, x.dtype).contiguous() for factor in (a1, b1, a2, b2)]
+            dx, *grads = ops.dense_backward(x2, dy2, weight.to(x.dtype), *factors, scale, need_x, need_a or need_b)
+            da1, db1, da2, db2 = (grad.to(a1.dtype) for grad in grads)
         else:
             v = ops.project(dy2, b1.t(), b2.t()) if need_x or need_a else None
             if need_x:
@@ -213,51 +212,12 @@ def _add_expanded(base, u, f1, f2, scale):
     return base
 
 
-# --- the dense plan: ΔW formed for a block of output rows, used, and contracted while it is in cache ---
-
-
-def _row_blocks(weight: Tensor):
-    m, n = weight.shape
-    rows = max(1, min(m, _DENSE_BLOCK_ELEMENTS // n))
-    blocks = math.ceil(m / rows)
-    rows = math.ceil(m / blocks)
-    return [(start, min(start + rows, m)) for start in range(0, m, rows)]
-
-
-def _dense_forward(x, weight, bias, a1, b1, a2, b2, scale):
-    a1, b1, a2, b2 = (factor.to(x.dtype) for factor in (a1, b1, a2, b2))
-    y = x.new_empty((x.size(0), weight.size(0)))
-    for lo, hi in _row_blocks(weight):
-        effective = torch.addcmul(weight[lo:hi], b1[lo:hi] @ a1, b2[lo:hi] @ a2, value=scale)
-        if bias is None:
-            torch.mm(x, effective.t(), out=y[:, lo:hi])
-        else:
-            torch.addmm(bias[lo:hi], x, effective.t(), out=y[:, lo:hi])
-    return y
-
-
-def _dense_backward(x, dy, weight, a1, b1, a2, b2, scale, need_x, need_factors):
-    dtype = a1.dtype
-    a1, b1, a2, b2 = (factor.to(x.dtype) for factor in (a1, b1, a2, b2))
-    dx = x.new_zeros(x.shape) if need_x else None
-    da1, da2 = torch.zeros_like(a1), torch.zeros_like(a2)
-    db1, db2 = torch.empty_like(b1), torch.empty_like(b2)
-    for lo, hi in _row_blocks(weight):
-        m1, m2 = b1[lo:hi] @ a1, b2[lo:hi] @ a2
-        if need_x:
-            dx.addmm_(dy[:, lo:hi], torch.addcmul(weight[lo:hi], m1, m2, value=scale))
-        if need_factors:
-            dw = dy[:, lo:hi].t() @ x
-            m2.mul_(dw)  # gradient of B1 A1, up to s
-            m1.mul_(dw)  # gradient of B2 A2, up to s
-            torch.mm(m2, a1.t(), out=db1[lo:hi])
-            torch.mm(m1, a2.t(), out=db2[lo:hi])
-            da1.addmm_(b1[lo:hi].t(), m2)
-            da2.addmm_(b2[lo:hi].t(), m1)
-    return dx, *((grad * scale).to(dtype) for grad in (da1, db1, da2, db2))
-
-
 # --- argument checks ---
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[..., D] as [T, D]; reshape(-1, D) cannot tell T where D = 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

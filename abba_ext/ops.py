@@ -35,6 +35,8 @@ except ImportError as error:
 
 project = torch.ops.abba.project.default
 factor_grad = torch.ops.abba.factor_grad.default
+dense_forward = torch.ops.abba.dense_forward.default
+dense_backward = torch.ops.abba.dense_backward.default
 _expand_ = torch.ops.abba.expand_.default
 
 
@@ -85,6 +87,17 @@ def _(x, v, f1, f2, s):
     torch._check(v.size(0) == x.size(0) and v.size(1) == rank,
                  lambda: f"factor_grad: v must be [{x.size(0)}, {rank}], got {list(v.shape)}")
     return _like_factor(f1), _like_factor(f2)
+
+
+@torch.library.register_fake("abba::dense_forward")
+def _(x, weight, bias, a1, b1, a2, b2, s):
+    return x.new_empty((x.size(0), weight.size(0)))
+
+
+@torch.library.register_fake("abba::dense_backward")
+def _(x, dy, weight, a1, b1, a2, b2, s, need_x, need_factors):
+    dx = x.new_empty((x.size(0) if need_x else 0, x.size(1)))
+    return dx, *(f.new_empty((f.size(0) if need_factors else 0, f.size(1))) for f in (a1, b1, a2, b2))
 
 
 # --- devices without a kernel of their own: the composite of torch matmuls ---

@@ -1,8 +1,9 @@
-// Schemas of the three operators and their CPU registration: check, allocate, compute.
+// Schemas of the three operators and of the dense plan, and their CPU registration: check, allocate, compute.
 // Shapes in every message: T tokens, D features, R = r1*r2.
 #include "stable.h"
 
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -132,18 +133,77 @@ std::tuple<Tensor, Tensor> factor_grad(const Tensor& x, const Tensor& v, const T
   return {df1, df2};
 }
 
+// x [T, n], W0 [m, n] and the four factors of the dense plan
+void check_dense(const char* op, const Tensor& x, const Tensor& weight, const Tensor& a1, const Tensor& b1, const Tensor& a2,
+                 const Tensor& b2) {
+  const std::pair<const char*, const Tensor*> arguments[] = {{"x", &x},   {"weight", &weight}, {"a1", &a1},
+                                                             {"b1", &b1}, {"a2", &a2},         {"b2", &b2}};
+  for (const auto& [arg, t] : arguments) {
+    check_tensor(op, arg, *t);
+    check(t->scalar_type() == x.scalar_type(), op, ": ", arg, " must have the dtype of x, ", name(x.scalar_type()), ", got ",
+          name(t->scalar_type()));
+  }
+  check(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, op,
+        ": x must be float32 or float64, got ", name(x.scalar_type()));
+  const int64_t m = weight.size(0), n = weight.size(1);
+  check(x.size(1) == n, op, ": x must be [T, n] with n = ", n, " as in weight ", shape(weight), ", got ", shape(x));
+  for (const auto& [arg, a, b] : {std::tuple("a1", &a1, &b1), std::tuple("a2", &a2, &b2)}) {
+    check(a->size(1) == n && a->size(0) >= 1, op, ": ", arg, " must be [r, n] with n = ", n, ", got ", shape(*a));
+    check(b->size(0) == m && b->size(1) == a->size(0), op, ": the partner of ", arg, ' ', shape(*a), " must be [m, r] = [", m, ", ",
+          a->size(0), "], got ", shape(*b));
+    check(a->is_contiguous() && b->is_contiguous(), op, ": ", arg, " and its partner must be contiguous");
+  }
+}
+
+Tensor dense_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& a1,
+                     const Tensor& b1, const Tensor& a2, const Tensor& b2, double s) {
+  check_dense("dense_forward", x, weight, a1, b1, a2, b2);
+  if (bias)
+    check(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_cpu() && bias->scalar_type() == x.scalar_type(),
+          "dense_forward: bias must be [", weight.size(0), "] in x's dtype, got ", shape(*bias));
+  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  if (y.numel() != 0) cpu::dense_forward(y, x, weight, bias, a1, b1, a2, b2, s);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_backward(const Tensor& x, const Tensor& dy, const Tensor& weight,
+                                                                  const Tensor& a1, const Tensor& b1, const Tensor& a2,
+                                                                  const Tensor& b2, double s, bool need_x, bool need_factors) {
+  check_dense("dense_backward", x, weight, a1, b1, a2, b2);
+  check_tensor("dense_backward", "dy", dy);
+  check(dy.size(0) == x.size(0) && dy.size(1) == weight.size(0) && dy.scalar_type() == x.scalar_type(),
+        "dense_backward: dy must be [T, m] = [", x.size(0), ", ", weight.size(0), "] in x's dtype, got ", shape(dy));
+  const auto zeros = [](const Tensor& like, bool needed) {
+    Tensor t = torch::stable::new_empty(like, {needed ? like.size(0) : 0, like.size(1)});
+    return torch::stable::zero_(t);
+  };
+  Tensor dx = torch::stable::new_empty(x, {need_x ? x.size(0) : 0, x.size(1)});
+  Tensor da1 = zeros(a1, need_factors), db1 = zeros(b1, need_factors), da2 = zeros(a2, need_factors), db2 = zeros(b2, need_factors);
+  if (weight.numel() == 0) {
+    torch::stable::zero_(dx);
+  } else if (x.size(0) != 0) {
+    cpu::dense_backward(dx, da1, db1, da2, db2, x, dy, weight, a1, b1, a2, b2, s, need_x, need_factors);
+  }
+  return {dx, da1, db1, da2, db2};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(abba, m) {
   m.def("project(Tensor x, Tensor f1, Tensor f2) -> Tensor");
   m.def("expand_(Tensor(a!) y, Tensor u, Tensor f1, Tensor f2, float s) -> ()");
   m.def("factor_grad(Tensor x, Tensor v, Tensor f1, Tensor f2, float s) -> (Tensor, Tensor)");
+  m.def("dense_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a1, Tensor b1, Tensor a2, Tensor b2, float s) -> Tensor");
+  m.def("dense_backward(Tensor x, Tensor dy, Tensor weight, Tensor a1, Tensor b1, Tensor a2, Tensor b2, float s, bool need_x, "
+        "bool need_factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(abba, CPU, m) {
   m.impl("project", TORCH_BOX(&project));
   m.impl("expand_", TORCH_BOX(&expand_));
   m.impl("factor_grad", TORCH_BOX(&factor_grad));
+  m.impl("dense_forward", TORCH_BOX(&dense_forward));
+  m.impl("dense_backward", TORCH_BOX(&dense_backward));
 }
 
 }  // namespace abba

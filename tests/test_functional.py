@@ -122,12 +122,47 @@ def test_leading_dimensions(shape):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_strided_input_and_weight():
-    x, weight, bias, *factors = random_layer(24, 10, 8, 2, 3)
-    strided = torch.randn(4, 10, 6, dtype=torch.float64).transpose(1, 2)  # [4, 6, 10]
+@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+def test_strided_input_and_weight(plan):
+    _, weight, bias, *factors = random_layer(24, 10, 8, 2, 3)
+    strided = torch.randn(4, 10, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()  # [4, 6, 10]
     transposed = weight.detach().t().contiguous().t()
-    y = abba_linear(strided, transposed, bias, *factors, SCALE)
-    torch.testing.assert_close(y, dense_linear(strided, weight, bias, *factors, SCALE))
+    y = abba_linear(strided, transposed, bias, *factors, SCALE, plan=plan)
+    truth = dense_linear(strided, weight, bias, *factors, SCALE)
+    torch.testing.assert_close(y, truth)
+    dy = torch.randn(4, 8, 6, dtype=torch.float64).transpose(1, 2)
+    for ours, theirs in zip(torch.autograd.grad(y, (strided, *factors), dy), torch.autograd.grad(truth, (strided, *factors), dy)):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("plan", ["khatri_rao", "dense", "auto"])
+@pytest.mark.parametrize("sizes", [(3, 0, 5), (3, 5, 0), (0, 4, 5)], ids=str)
+def test_empty_sizes(plan, sizes):
+    tokens, n, m = sizes
+    shapes = ((tokens, n), (m, n), (m,), (2, n), (m, 2), (3, n), (m, 3))
+    args = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    y = abba_linear(*args, SCALE, plan=plan)
+    torch.testing.assert_close(y, dense_linear(*args, SCALE))
+    for ours, arg in zip(torch.autograd.grad(y.sum(), args), args):
+        assert ours.shape == arg.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [(40, 1100, 1000), (9, 33, 7), (5, 64, 3)], ids=str)
+def test_dense_plan_over_blocks_and_ragged_tiles(sizes, dtype):
+    check_layer(random_layer(*sizes, 7, 3, dtype), plan="dense")
+
+
+def test_dense_operators():
+    x, weight, bias, *factors = random_layer(6, 5, 7, 2, 3, requires_grad=False)
+    torch.library.opcheck(torch.ops.abba.dense_forward.default, (x, weight, bias, *factors, SCALE))
+    dy = torch.randn(6, 7, dtype=torch.float64)
+    for need_x, need_factors in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.abba.dense_backward.default, (x, dy, weight, *factors, SCALE, need_x, need_factors))
+    with pytest.raises(RuntimeError, match=r"dense_forward: a1 must be \[r, n\] with n = 5, got \[2, 4\]"):
+        torch.ops.abba.dense_forward(x, weight, bias, factors[0][:, :4].contiguous(), *factors[1:], SCALE)
+    with pytest.raises(RuntimeError, match="dense_forward: x must be float32 or float64, got bfloat16"):
+        torch.ops.abba.dense_forward(*(t.bfloat16() for t in (x, weight, bias, *factors)), SCALE)
 
 
 def saved_bytes(function):
@@ -196,7 +231,7 @@ def test_plan_follows_cost_and_dtype():
     assert kernel_plan(4, 768, 768, 16, 16).plan == "khatri_rao"
     assert kernel_plan(512, 768, 768, 16, 16).plan == "dense"
     assert kernel_plan(512, 768, 768, 16, 16, torch.bfloat16).plan == "khatri_rao"
-    assert kernel_plan(512, 768, 768, 16, 16, torch.float32, "cuda").kernel == "composite"
+    assert kernel_plan(512, 768, 768, 16, 16, torch.float32, "cuda")[:2] == ("khatri_rao", "composite")
 
 
 def test_plans_agree():
@@ -227,7 +262,7 @@ ERRORS = {
     "device": (bad(a1=torch.ones(2, 4, device="meta")), ValueError, "a1 must have a1's dtype and x's device"),
     "plan": (bad(plan="fast"), ValueError, "plan must be 'auto', 'khatri_rao' or 'dense', got 'fast'"),
     "dense half": (bad(plan="dense", x=torch.ones(3, 4).half(), weight=torch.ones(5, 4).half(), bias=None), ValueError,
-                   "plan 'dense' needs float32 or float64"),
+                   "plan 'dense' needs float32 or float64 activations on the CPU"),
 }
 
 

@@ -1,0 +1,293 @@
+"""Fair timing and truthful peak memory of training steps, with what is needed to read the numbers later.
+
+Methods are timed in turn, one run each per round in a new random order, so that a noisy machine disturbs all of them
+alike. On the CPU each run also notes how long its threads waited for a core, and the calmer half of a method's runs
+counts. On a GPU every run starts with a cold L2 cache and is timed by CUDA events.
+"""
+import csv
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines per run to stderr
+
+MODES = ("full", "forward", "backward")
+
+
+class Step:
+    """One training step of a layer: y = forward(x), then the gradients of x and the parameters for a given dy.
+
+    Mode "forward" is the training forward (it builds the graph), "backward" leaves the forward untimed.
+    Inputs are rotated: run i uses inputs[i % len(inputs)].
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], parameters: list[Tensor],
+                 inputs: list[tuple[Tensor, Tensor]], mode: str = "full"):
+        """Args: forward x [T, n] → y [T, m]; parameters; inputs (x, dy) with dy [T, m]; mode out of MODES."""
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.forward, self.parameters, self.inputs, self.mode = forward, parameters, inputs, mode
+        self.runs = 0
+
+    def prepare(self) -> None:
+        """The part of the next run that is not timed."""
+        self.x, self.dy = self.inputs[self.runs % len(self.inputs)]
+        self.runs += 1
+        self.y = self.forward(self.x) if self.mode == "backward" else None
+
+    def run(self) -> Any:
+        """The timed part. Its results are returned so that freeing them is not timed."""
+        y = self.forward(self.x) if self.y is None else self.y
+        self.y = None
+        if self.mode == "forward":
+            return y
+        return y, torch.autograd.grad(y, [self.x, *self.parameters], self.dy)
+
+
+# --- time ---
+
+
+class Run(NamedTuple):
+    """One timed run.
+
+    Attributes:
+        elapsed_ms: Wall-clock time.
+        waited_ms: Time that this process's threads, together, were ready to run but had no core. 0 if not known.
+    """
+
+    elapsed_ms: float
+    waited_ms: float
+
+
+class Timing(NamedTuple):
+    """Milliseconds per run over the runs that count.
+
+    Attributes:
+        median_ms: The median.
+        p20_ms: 20th percentile.
+        p80_ms: 80th percentile.
+        min_ms: The minimum.
+        wait_share: Time waited for a core over elapsed time (median), the disturbance by other processes that is left.
+        runs: Runs that count.
+    """
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    min_ms: float
+    wait_share: float
+    runs: int
+
+
+def summarise(runs: list[Run]) -> Timing:
+    """Statistics of the calmer half of the runs; of all runs where waiting is not known."""
+    calm = runs
+    if any(run.waited_ms for run in runs):
+        calm = sorted(runs, key=lambda run: run.waited_ms / run.elapsed_ms)[:math.ceil(len(runs) / 2)]
+    ordered = sorted(run.elapsed_ms for run in calm)
+
+    def at(quantile: float) -> float:
+        return ordered[round(quantile * (len(ordered) - 1))]
+
+    return Timing(statistics.median(ordered), at(0.2), at(0.8), ordered[0],
+                  statistics.median(run.waited_ms / run.elapsed_ms for run in calm), len(ordered))
+
+
+def _waited_ns() -> int:
+    """Nanoseconds that the threads of this process have waited for a core so far; 0 outside of Linux."""
+    waited = 0
+    for schedstat in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            waited += int(schedstat.read_text().split()[1])
+        except OSError:  # the thread has just ended
+            continue
+    return waited
+
+
+class _CpuClock:
+    def time(self, step: Step) -> Run:
+        step.prepare()
+        waited = _waited_ns()
+        start = time.perf_counter_ns()
+        kept = step.run()
+        elapsed = time.perf_counter_ns() - start
+        waited = _waited_ns() - waited
+        del kept
+        return Run(elapsed / 1e6, max(waited, 0) / 1e6)
+
+
+class _CudaClock:
+    def __init__(self, device: torch.device):
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
+        self.begin, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def time(self, step: Step) -> Run:
+        step.prepare()
+        self.flush.zero_()  # evicts the L2 cache
+        torch.cuda.synchronize()
+        self.begin.record()
+        kept = step.run()
+        self.end.record()
+        torch.cuda.synchronize()
+        del kept
+        return Run(self.begin.elapsed_time(self.end), 0.0)
+
+
+def time_interleaved(steps: dict[str, Step], seconds: float, device: torch.device, *, warmup: int = 2,
+                     min_rounds: int = 6, max_rounds: int = 1000, seed: int = 0) -> dict[str, Timing]:
+    """Times every step once per round until the time is spent.
+
+    Args:
+        steps: The methods by name.
+        seconds: Time for all rounds together; exceeded if min_rounds need more.
+        device: Where the steps run.
+        warmup: Untimed runs of each step first.
+        min_rounds: Rounds at least.
+        max_rounds: Rounds at most.
+        seed: Of the order within the rounds.
+    """
+    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    for step in steps.values():
+        for _ in range(warmup):
+            clock.time(step)
+    runs: dict[str, list[Run]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(seed).shuffle
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < deadline):
+        shuffle(order)
+        for name in order:
+            runs[name].append(clock.time(steps[name]))
+        rounds += 1
+    return {name: summarise(values) for name, values in runs.items()}
+
+
+# --- memory ---
+
+
+def peak_memory(step: Step, device: torch.device) -> int:
+    """Bytes that one run has allocated at its peak beyond what was live before it.
+
+    On a GPU the caching allocator's peak statistic. On the CPU the allocations and frees of torch's allocator as the
+    profiler records them, replayed: this includes scratch that C++ operators allocate as tensors, and excludes what the
+    matmul libraries allocate for themselves.
+    """
+    step.prepare()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        kept = step.run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated(device) - before
+        del kept
+        return peak
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = step.run()
+    del kept
+    return _replayed_peak(_memory_events(profile))
+
+
+def _memory_events(profile: torch.profiler.profile) -> list[int]:
+    """Bytes allocated (> 0) and freed (< 0) on the CPU, in order of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())
+    events = [event for event in trace["traceEvents"] if event.get("name") == "[memory]"
+              and event["args"]["Device Type"] == 0]
+    return [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["args"]["Ev Idx"])]
+
+
+def _replayed_peak(events: list[int]) -> int:
+    live = peak = 0
+    for size in events:
+        live += size
+        peak = max(peak, live)
+    return peak
+
+
+# --- what the numbers belong to ---
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or processor's model name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if names:
+            return names[0].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A folder name: "NVIDIA H200" → "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", " ", name.lower())).strip("-")
+
+
+def commit() -> str:
+    """The short commit of this checkout, with "+" if tracked files differ; "" outside of one."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def metadata(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit, threads and time."""
+    import abba_ext
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    return {"device": device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
+            "commit": commit(), "abba_ext": abba_ext.__version__, "torch": torch.__version__, "peft": version("peft"),
+            "python": platform.python_version(), "cuda": torch.version.cuda if device.type == "cuda" else "",
+            "platform": platform.system() + " " + platform.machine(),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows that share their keys; numbers with six significant digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of :func:`write_csv`, as text."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a dictionary, indented."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

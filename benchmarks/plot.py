@@ -1,0 +1,138 @@
+"""Redraws the picture of a benchmark run and rewrites the README's table, both from its CSV.
+
+    python benchmarks/plot.py [benchmarks/results/<device-name>]
+
+Without a folder it takes the results measured last. Writes layer.png beside layer.csv, and replaces what stands between
+<!-- bench:begin --> and <!-- bench:end --> in the README, if it has these markers.
+"""
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import matplotlib
+from baselines import METHODS
+from harness import read_csv
+from shapes import Case
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+COLOURS = {"lora_peft": "#9ecae1", "lora_inplace": "#4292c6", "loha_peft": "#fdae6b", "abba_eager": "#bdbdbd",
+           "abba_ext": "#d7301f"}
+OTHER_COLOURS = ("#c7e9c0", "#74c476", "#dadaeb", "#9e9ac8", "#e7cb94", "#636363")
+MODE_NAMES = {"full": "training step", "forward": "forward", "backward": "backward"}
+MIB = 2**20
+
+ByCase = dict[Case, dict[str, dict[str, str]]]
+
+
+def by_case(rows: list[dict[str, str]], rank: int) -> ByCase:
+    """The rows of one rank as {case: {method: row}}, in the order of the file."""
+    cases: ByCase = {}
+    for row in rows:
+        case = Case(*(int(row[field]) for field in Case._fields[:4]), row["dtype"])
+        if case.rank == rank:
+            cases.setdefault(case, {})[row["method"]] = row
+    return cases
+
+
+def relative_time(methods: dict[str, dict[str, str]], name: str) -> float:
+    """A method's median time over the frozen base's."""
+    return float(methods[name]["median_ms"]) / float(methods["base"]["median_ms"])
+
+
+def draw(cases: ByCase, path: Path) -> None:
+    """Time relative to the frozen base as grouped bars: a row of panels per dtype, a panel per layer, a group per T."""
+    dtypes = list(dict.fromkeys(case.dtype for case in cases))
+    layers = list(dict.fromkeys(case.layer for case in cases))
+    names = [name for name in next(iter(cases.values())) if name != "base"]
+    spare = iter(OTHER_COLOURS)
+    colours = {name: COLOURS.get(name) or next(spare, "#000000") for name in names}
+    groups = max(Counter((case.dtype, case.layer) for case in cases).values())
+    width, height = max(7, len(layers) * (0.6 + 0.17 * groups * len(names))), 2.6 * len(dtypes) + 0.9  # inches
+    figure, axes = plt.subplots(len(dtypes), len(layers), sharey="row", squeeze=False, layout="constrained",
+                                figsize=(width, height))
+    bar = 0.84 / len(names)
+    for dtype, row in zip(dtypes, axes):
+        for layer, ax in zip(layers, row):
+            chosen = [(case, methods) for case, methods in cases.items() if (case.dtype, case.layer) == (dtype, layer)]
+            for i, name in enumerate(names):
+                ax.bar([group + (i + 0.5) * bar - 0.42 for group in range(len(chosen))],
+                       [relative_time(methods, name) for _, methods in chosen], bar, color=colours[name],
+                       label=METHODS[name].label, zorder=2)
+            ax.axhline(1, color="black", linewidth=1, zorder=3)
+            ax.set_title(f"{layer}, {dtype}", fontsize=10)
+            ax.set_xticks(range(len(chosen)), [f"T={case.tokens}" for case, _ in chosen], fontsize=9)
+            ax.grid(axis="y", linewidth=0.4, zorder=0)
+            ax.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("time / frozen base")
+    first = next(iter(next(iter(cases.values())).values()))
+    figure.suptitle(f"{MODE_NAMES[first['mode']].capitalize()} of one layer relative to the frozen base, equal "
+                    f"parameters (r = {first['rank']}); {first['device']}", fontsize=10)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 6),
+                  frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def table(cases: ByCase) -> str:
+    """Markdown: the frozen base in ms, every method relative to it, and peak memory beyond the frozen base's in MiB."""
+    names = [name for name in next(iter(cases.values())) if name != "base"]
+    first = next(iter(next(iter(cases.values())).values()))
+    lines = ["| dtype | layer | T | frozen base, ms | " + " | ".join(METHODS[name].label for name in names) + " |",
+             "|---" * (4 + len(names)) + "|"]
+    for case, methods in cases.items():
+        base_bytes = int(methods["base"]["peak_bytes"])
+        extra = {name: (int(methods[name]["peak_bytes"]) - base_bytes) / MIB for name in names}
+        cells = [f"{relative_time(methods, name):.2f}×, {extra[name]:+.1f} MiB" for name in names]
+        lines.append(f"| {case.dtype} | {case.layer} | {case.tokens} | {float(methods['base']['median_ms']):.2f} | "
+                     + " | ".join(cells) + " |")
+    commit = f", commit {first['commit']}" if first["commit"] else ""
+    threads = f", {first['threads']} threads" if "cuda" not in first["device_type"] else ""
+    return "\n".join([*lines, "", f"{MODE_NAMES[first['mode']].capitalize()} of one layer (T tokens, equal parameter "
+                      f"budget r = {first['rank']}): time relative to the frozen layer, and peak memory beyond it. "
+                      f"{first['device']}{threads}, torch {first['torch']}, peft {first['peft']}{commit}."])
+
+
+def newest_results() -> Path | None:
+    """The folder in benchmarks/results whose layer.csv was written last."""
+    files = Path(__file__).parent.glob("results/*/layer.csv")
+    return max((file.parent for file in files), key=lambda folder: (folder / "layer.csv").stat().st_mtime, default=None)
+
+
+def replace_table(readme: Path, text: str) -> bool:
+    """Puts text between the markers of a README; False if the file or the markers are missing."""
+    content = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    begin, end = content.find(BEGIN), content.find(END)
+    if begin < 0 or end < begin:
+        return False
+    readme.write_text(f"{content[:begin + len(BEGIN)]}\n{text}\n{content[end:]}", encoding="utf-8")
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", metavar="DIR",
+                        help="the folder of layer.csv (default: the newest in benchmarks/results)")
+    parser.add_argument("--rank", type=int, default=32, help="the parameter budget that is shown (default 32)")
+    parser.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
+    options = parser.parse_args(arguments)
+    results = options.results or newest_results()
+    if results is None or not (results / "layer.csv").exists():
+        parser.error(f"no layer.csv in {results or 'benchmarks/results'}; run benchmarks/bench_layer.py first")
+    cases = by_case(read_csv(results / "layer.csv"), options.rank)
+    if not cases or any("base" not in methods for methods in cases.values()):
+        parser.error(f"{results / 'layer.csv'} lacks the method 'base' or has no rows of rank {options.rank}")
+    draw(cases, results / "layer.png")
+    text = table(cases)
+    print(text)
+    print(f"\n{results / 'layer.png'}; {options.readme} "
+          + ("updated" if replace_table(options.readme, text) else "left alone (no markers)"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
