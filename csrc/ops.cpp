@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_backward(const Tensor& 
   Tensor da1 = zeros(a1, need_factors), db1 = zeros(b1, need_factors), da2 = zeros(a2, need_factors), db2 = zeros(b2, need_factors);
   if (weight.numel() == 0) {
     torch::stable::zero_(dx);
-  } else if (x.size(0) != 0) {
+  } else if (x.size(0) != 0 && (need_x || need_factors)) {
     cpu::dense_backward(dx, da1, db1, da2, db2, x, dy, weight, a1, b1, a2, b2, s, need_x, need_factors);
   }
   return {dx, da1, db1, da2, db2};

@@ -19,73 +19,82 @@ constexpr int64_t kBlockElements = 1 << 20;  // of W0 at once
 constexpr int64_t kTileRows = 4;             // accumulators of a tile: 4 rows x 2 vectors x 2 products
 constexpr int64_t kGrainRows = 16;           // rows of W0 that one thread takes at least
 
-// Rows of the block, beginning at row of the layer. Pointers are to the layer's first row, but for in, out1 and out2.
+// A block of W0's rows, beginning at row. The factors' pointers are to the layer's first row, the others to the block's.
 template <typename T>
 struct Rows {
   const T *a1, *b1, *a2, *b2;
   int64_t r1, r2, n, row;
-  const T* in;     // [rows, n], leading dimension in_ld
-  int64_t in_ld;
-  T *out1, *out2;  // [rows, n]
   T s;
+  const T* base;         // W0 [rows, n], leading dimension base_ld
+  int64_t base_ld;
+  T *weight, *dw, *dw2;  // [rows, n] each
 };
 
-// kContract false: out1 = in + s m1 m2, the weights. True: out1 = in m2, out2 = in m1, the gradients of B1 A1 and B2 A2
-// up to s. m1 = B1 A1, m2 = B2 A2, in registers for kRows rows and kVectors vectors of columns.
-template <typename T, bool kContract, int kRows, typename V, int kVectors>
+// With m1 = B1 A1 and m2 = B2 A2 in registers, for kRows rows and kVectors vectors of columns:
+//   kWeight: weight = W0 + s m1 m2.   kGradient: (dw, dw2) = (dw m2, dw m1), the gradients of B1 A1 and B2 A2 up to s.
+template <typename T, bool kWeight, bool kGradient, int kRows, typename V, int kVectors>
 ABBA_INLINE void tile(const Rows<T>& p, int64_t i, int64_t k) {
   constexpr int64_t width = sizeof(V) / sizeof(T);
   V m1[kRows][kVectors] = {}, m2[kRows][kVectors] = {};
   const T* b1 = p.b1 + (p.row + i) * p.r1;
   const T* b2 = p.b2 + (p.row + i) * p.r2;
-  const auto load = [](const T* from) { V v; __builtin_memcpy(&v, from, sizeof v); return v; };
-  const auto store = [](T* to, const V& v) { __builtin_memcpy(to, &v, sizeof v); };
   for (int64_t a = 0; a < p.r1; ++a)
     for (int v = 0; v < kVectors; ++v) {
-      const V column = load(p.a1 + a * p.n + k + v * width);
+      V column;
+      __builtin_memcpy(&column, p.a1 + a * p.n + k + v * width, sizeof column);
       for (int r = 0; r < kRows; ++r) m1[r][v] += column * b1[r * p.r1 + a];
     }
   for (int64_t a = 0; a < p.r2; ++a)
     for (int v = 0; v < kVectors; ++v) {
-      const V column = load(p.a2 + a * p.n + k + v * width);
+      V column;
+      __builtin_memcpy(&column, p.a2 + a * p.n + k + v * width, sizeof column);
       for (int r = 0; r < kRows; ++r) m2[r][v] += column * b2[r * p.r2 + a];
     }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = k + v * width;
-      const V in = load(p.in + (i + r) * p.in_ld + at);
-      if (kContract) {
-        store(p.out1 + (i + r) * p.n + at, in * m2[r][v]);
-        store(p.out2 + (i + r) * p.n + at, in * m1[r][v]);
-      } else {
-        store(p.out1 + (i + r) * p.n + at, in + p.s * m1[r][v] * m2[r][v]);
+      const int64_t at = (i + r) * p.n + k + v * width;
+      if (kWeight) {
+        V value;
+        __builtin_memcpy(&value, p.base + (i + r) * p.base_ld + k + v * width, sizeof value);
+        value += p.s * m1[r][v] * m2[r][v];
+        __builtin_memcpy(p.weight + at, &value, sizeof value);
+      }
+      if (kGradient) {
+        V dw;
+        __builtin_memcpy(&dw, p.dw + at, sizeof dw);
+        const V first = dw * m2[r][v], second = dw * m1[r][v];
+        __builtin_memcpy(p.dw + at, &first, sizeof first);
+        __builtin_memcpy(p.dw2 + at, &second, sizeof second);
       }
     }
 }
 
-template <typename T, bool kContract>
+template <typename T, bool kWeight, bool kGradient>
 ABBA_INLINE void rows_of_tiles(const Rows<T>& p, int64_t begin, int64_t end) {
   using Vector __attribute__((vector_size(64))) = T;
   constexpr int64_t width = 64 / sizeof(T);
   const int64_t wide = p.n / (2 * width) * (2 * width);
   int64_t i = begin;
   for (; i + kTileRows <= end; i += kTileRows) {
-    for (int64_t k = 0; k < wide; k += 2 * width) tile<T, kContract, kTileRows, Vector, 2>(p, i, k);
-    for (int64_t k = wide; k < p.n; ++k) tile<T, kContract, kTileRows, T, 1>(p, i, k);
+    for (int64_t k = 0; k < wide; k += 2 * width) tile<T, kWeight, kGradient, kTileRows, Vector, 2>(p, i, k);
+    for (int64_t k = wide; k < p.n; ++k) tile<T, kWeight, kGradient, kTileRows, T, 1>(p, i, k);
   }
   for (; i < end; ++i)
-    for (int64_t k = 0; k < p.n; ++k) tile<T, kContract, 1, T, 1>(p, i, k);
+    for (int64_t k = 0; k < p.n; ++k) tile<T, kWeight, kGradient, 1, T, 1>(p, i, k);
 }
 
-ABBA_CLONES void weight_rows(const Rows<float>& p, int64_t begin, int64_t end) { rows_of_tiles<float, false>(p, begin, end); }
-ABBA_CLONES void weight_rows(const Rows<double>& p, int64_t begin, int64_t end) { rows_of_tiles<double, false>(p, begin, end); }
-ABBA_CLONES void gradient_rows(const Rows<float>& p, int64_t begin, int64_t end) { rows_of_tiles<float, true>(p, begin, end); }
-ABBA_CLONES void gradient_rows(const Rows<double>& p, int64_t begin, int64_t end) { rows_of_tiles<double, true>(p, begin, end); }
+#define ABBA_ROW_LOOPS(T)                                                                                                \
+  ABBA_CLONES void weight_rows(const Rows<T>& p, int64_t lo, int64_t hi) { rows_of_tiles<T, true, false>(p, lo, hi); }   \
+  ABBA_CLONES void gradient_rows(const Rows<T>& p, int64_t lo, int64_t hi) { rows_of_tiles<T, false, true>(p, lo, hi); } \
+  ABBA_CLONES void both_rows(const Rows<T>& p, int64_t lo, int64_t hi) { rows_of_tiles<T, true, true>(p, lo, hi); }
+ABBA_ROW_LOOPS(float)
+ABBA_ROW_LOOPS(double)
+#undef ABBA_ROW_LOOPS
 
 // A [rows, n] block that outlives the call: fresh pages for it would cost more than what is computed in it.
 template <typename T>
 Tensor scratch(int which, int64_t rows, const Tensor& like) {
-  thread_local std::vector<T> buffers[2];
+  thread_local std::vector<T> buffers[3];
   const int64_t n = like.size(1);
   if (static_cast<int64_t>(buffers[which].size()) < rows * n) buffers[which].resize(rows * n);
   return torch::stable::from_blob(buffers[which].data(), {rows, n}, {n, 1}, like.device(), like.scalar_type());
@@ -97,11 +106,9 @@ struct Layer {
   Rows<T> rows;
 
   Layer(const Tensor& w, const Tensor& a1, const Tensor& b1, const Tensor& a2, const Tensor& b2, double s)
-      : weight(w),
-        rows{ptr(a1), ptr(b1), ptr(a2), ptr(b2), a1.size(0), a2.size(0), w.size(1), 0, nullptr, 0, nullptr, nullptr,
-             static_cast<T>(s)} {}
+      : weight(w), rows{ptr(a1), ptr(b1), ptr(a2), ptr(b2), a1.size(0), a2.size(0), w.size(1), 0, static_cast<T>(s)} {}
 
-  static const T* ptr(const Tensor& t) { return static_cast<const T*>(t.data_ptr()); }
+  static T* ptr(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 
   // fn(first row, rows) over near-equal blocks of W0's rows
   template <typename Fn>
@@ -111,35 +118,37 @@ struct Layer {
     for (int64_t row = 0; row < m; row += size) fn(row, std::min(size, m - row));
   }
 
-  // out = W0 + s (B1 A1) ⊙ (B2 A2) of count rows
-  void form_weight(Tensor& out, int64_t row, int64_t count) const {
-    Tensor base = slice(weight, 0, row, count);
-    if (base.stride(1) != 1) base = torch::stable::copy_(out, base);
+  // Of count rows: effective = W0 + s (B1 A1) ⊙ (B2 A2) if given; dw, if given, holds dW and becomes the gradient of B1 A1,
+  // dw2 that of B2 A2, both up to s.
+  void run(int64_t row, int64_t count, Tensor* effective, Tensor* dw, Tensor* dw2) const {
     Rows<T> p = rows;
-    p.row = row, p.in = ptr(base), p.in_ld = base.stride(0), p.out1 = static_cast<T*>(out.data_ptr());
-    torch::stable::parallel_for(0, count, kGrainRows, [&](int64_t lo, int64_t hi) { weight_rows(p, lo, hi); });
-  }
-
-  // dw becomes the gradient of B1 A1, other that of B2 A2, both up to s
-  void split_gradient(Tensor& dw, Tensor& other, int64_t row, int64_t count) const {
-    Rows<T> p = rows;
-    p.row = row, p.in = ptr(dw), p.in_ld = dw.size(1);
-    p.out1 = static_cast<T*>(dw.data_ptr()), p.out2 = static_cast<T*>(other.data_ptr());
-    torch::stable::parallel_for(0, count, kGrainRows, [&](int64_t lo, int64_t hi) { gradient_rows(p, lo, hi); });
+    p.row = row;
+    if (effective) {
+      Tensor base = slice(weight, 0, row, count);
+      if (base.stride(1) != 1) base = torch::stable::copy_(*effective, base);
+      p.base = ptr(base), p.base_ld = base.stride(0), p.weight = ptr(*effective);
+    }
+    if (dw) p.dw = ptr(*dw), p.dw2 = ptr(*dw2);
+    const auto loop = [&]() -> void (*)(const Rows<T>&, int64_t, int64_t) {
+      if (effective && dw) return both_rows;
+      if (effective) return weight_rows;
+      return gradient_rows;
+    }();
+    torch::stable::parallel_for(0, count, kGrainRows, [&](int64_t lo, int64_t hi) { loop(p, lo, hi); });
   }
 };
 
 template <typename T>
 void forward(Tensor& y, const Tensor& x, const std::optional<Tensor>& bias, const Layer<T>& layer) {
   layer.for_each_block([&](int64_t row, int64_t count) {
-    Tensor weight = scratch<T>(0, count, layer.weight), columns = slice(y, 1, row, count);
-    layer.form_weight(weight, row, count);
+    Tensor effective = scratch<T>(0, count, layer.weight), columns = slice(y, 1, row, count);
+    layer.run(row, count, &effective, nullptr, nullptr);
     if (bias) {
       const Tensor part = slice(*bias, 0, row, count);
       TORCH_ERROR_CODE_CHECK(
-          aoti_torch_cpu_addmm_out(columns.get(), part.get(), x.get(), transposed(weight).get(), 1.0, 1.0));
+          aoti_torch_cpu_addmm_out(columns.get(), part.get(), x.get(), transposed(effective).get(), 1.0, 1.0));
     } else {
-      gemm_(columns, x, transposed(weight), 0.0, 1.0);
+      gemm_(columns, x, transposed(effective), 0.0, 1.0);
     }
   });
 }
@@ -151,20 +160,21 @@ void backward(Tensor& dx, Tensor& da1, Tensor& db1, Tensor& da2, Tensor& db2, co
   layer.for_each_block([&](int64_t row, int64_t count) {
     const double beta = row == 0 ? 0.0 : 1.0;  // the first block overwrites what the others add to
     const Tensor columns = slice(dy, 1, row, count);
-    Tensor block = scratch<T>(0, count, layer.weight);
-    if (need_x) {
-      layer.form_weight(block, row, count);
-      gemm_(dx, columns, block, beta, 1.0);
-    }
+    std::optional<Tensor> effective, dw, dw2;
+    if (need_x) effective = scratch<T>(0, count, layer.weight);
     if (need_factors) {
-      Tensor other = scratch<T>(1, count, layer.weight);
-      gemm_(block, transposed(columns), x, 0.0, 1.0);  // dW
-      layer.split_gradient(block, other, row, count);
+      dw = scratch<T>(1, count, layer.weight);
+      dw2 = scratch<T>(2, count, layer.weight);
+      gemm_(*dw, transposed(columns), x, 0.0, 1.0);
+    }
+    layer.run(row, count, effective ? &*effective : nullptr, dw ? &*dw : nullptr, dw2 ? &*dw2 : nullptr);
+    if (need_x) gemm_(dx, columns, *effective, beta, 1.0);
+    if (need_factors) {
       Tensor db1_rows = slice(db1, 0, row, count), db2_rows = slice(db2, 0, row, count);
-      gemm_(db1_rows, block, transposed(a1), 0.0, s);
-      gemm_(db2_rows, other, transposed(a2), 0.0, s);
-      gemm_(da1, transposed(slice(b1, 0, row, count)), block, beta, s);
-      gemm_(da2, transposed(slice(b2, 0, row, count)), other, beta, s);
+      gemm_(db1_rows, *dw, transposed(a1), 0.0, s);
+      gemm_(db2_rows, *dw2, transposed(a2), 0.0, s);
+      gemm_(da1, transposed(slice(b1, 0, row, count)), *dw, beta, s);
+      gemm_(da2, transposed(slice(b2, 0, row, count)), *dw2, beta, s);
     }
   });
 }
