@@ -1,11 +1,13 @@
-"""Redraws the picture of a benchmark run and rewrites the README's table, both from its CSV.
+"""Redraws the picture of a benchmark run and rewrites the README's tables from the files of the results.
 
     python benchmarks/plot.py [benchmarks/results/<device-name>]
 
 Without a folder it takes the results measured last. Writes layer.png beside layer.csv, and replaces what stands between
-<!-- bench:begin --> and <!-- bench:end --> in the README, if it has these markers.
+<!-- bench:begin --> and <!-- bench:end --> in the README, and between <!-- demo:begin --> and <!-- demo:end -->, if it has
+these markers. The demo's results are what examples/finetune_commonsense.py wrote with --output <folder>/demo/<method>.
 """
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,7 +20,6 @@ from shapes import Case
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLOURS = {"lora_peft": "#9ecae1", "lora_inplace": "#4292c6", "loha_peft": "#fdae6b", "abba_eager": "#bdbdbd",
            "abba_ext": "#d7301f"}
 OTHER_COLOURS = ("#c7e9c0", "#74c476", "#dadaeb", "#9e9ac8", "#e7cb94", "#636363")
@@ -102,13 +103,31 @@ def newest_results() -> Path | None:
     return max((file.parent for file in files), key=lambda folder: (folder / "layer.csv").stat().st_mtime, default=None)
 
 
-def replace_table(readme: Path, text: str) -> bool:
-    """Puts text between the markers of a README; False if the file or the markers are missing."""
+def demo_table(folder: Path) -> str:
+    """Markdown: the demo's picture, and a row for each method that was run."""
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/summary.json"))]
+    lines = ["| method | trainable parameters | loss | accuracy | length-normalised | training, s |", "|---" * 6 + "|"]
+    for run in summaries:
+        accuracy, normalised = (f"{run[f'{key}_before']:.1%} → {run[f'{key}_after']:.1%}" for key in ("acc", "acc_norm"))
+        lines.append(f"| {run['method'].upper()} r={run['r']} | {run['trainable_parameters']:,} | {run['loss_start']:.2f} → "
+                     f"{run['loss_end']:.2f} | {accuracy} | {normalised} | {run['seconds']['train']:.0f} |")
+    run = summaries[0]
+    picture = folder.relative_to(folder.parents[3]).as_posix() + f"/{run['method']}/loss.png"
+    return "\n".join([f"![loss curve and accuracy of the demo]({picture})", "", *lines, "",
+                      f"{run['model']} on {run['data']}: {run['steps']} steps of {run['batch']} questions, lr {run['lr']:g}, "
+                      f"{'bf16 autocast' if run['bf16'] else 'fp32'}, accuracy on {run['eval_items']} held-out questions (chance "
+                      f"{run['chance']:.1%}), seed {run['seed']}, 2 CPU cores that other processes shared. One run of each: it "
+                      "shows that training works, not which method is better."])
+
+
+def replace_section(readme: Path, name: str, text: str) -> bool:
+    """Puts text between the markers of a README's section; False if the file or the markers are missing."""
+    begin_mark, end_mark = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     content = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    begin, end = content.find(BEGIN), content.find(END)
+    begin, end = content.find(begin_mark), content.find(end_mark)
     if begin < 0 or end < begin:
         return False
-    readme.write_text(f"{content[:begin + len(BEGIN)]}\n{text}\n{content[end:]}", encoding="utf-8")
+    readme.write_text(f"{content[:begin + len(begin_mark)]}\n{text}\n{content[end:]}", encoding="utf-8")
     return True
 
 
@@ -130,7 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
     text = table(cases)
     print(text)
     print(f"\n{results / 'layer.png'}; {options.readme} "
-          + ("updated" if replace_table(options.readme, text) else "left alone (no markers)"))
+          + ("updated" if replace_section(options.readme, "bench", text) else "left alone (no markers)"))
+    if (results / "demo").is_dir():
+        replace_section(options.readme, "demo", demo_table((results / "demo").resolve()))
     return 0
 
 

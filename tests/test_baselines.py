@@ -187,7 +187,7 @@ def test_bench_layer_end_to_end(tmp_path, capsys):
 
     import plot
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n", encoding="utf-8")
+    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n", encoding="utf-8")
     assert plot.main([str(tmp_path), "--rank", "4", "--readme", str(readme)]) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| 32→48 | 16 |" in text
@@ -199,5 +199,5 @@ def test_readme_without_markers_is_left_alone(tmp_path):
     import plot
     readme = tmp_path / "README.md"
     readme.write_text("no markers\n", encoding="utf-8")
-    assert not plot.replace_table(readme, "table")
+    assert not plot.replace_section(readme, "bench", "table")
     assert readme.read_text(encoding="utf-8") == "no markers\n"
