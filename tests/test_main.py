@@ -15,9 +15,9 @@ def test_info_prints_versions_build_and_paths(capsys):
         assert word in out
 
 
-def test_info_for_one_shape_as_a_command():
+def test_info_for_one_shape_as_a_command(tmp_path):
     command = [sys.executable, "-m", "abba_ext", "info", "--shape", "64", "768", "3072", "--ranks", "8", "24", "--dtype", "bfloat16"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     assert "T=64 n=768 m=3072 r1=8 r2=24 bfloat16 cpu: khatri_rao, cpu (half-precision activations)" in out
 
 
