@@ -1,4 +1,4 @@
-"""ABBA adapters for PyTorch: ΔW = s·(B1 A1) ⊙ (B2 A2), trained at LoRA's cost (arXiv 2505.14238)."""
+"""ABBA adapters for PyTorch: ΔW = s·(B1 A1) ⊙ (B2 A2) on frozen linear layers (arXiv 2505.14238)."""
 from .checkpoint import adapter_state_dict, load_adapter, save_adapter
 from .config import AbbaConfig
 from .functional import KernelPlan, abba_linear, abba_update, kernel_plan

@@ -106,18 +106,19 @@ def newest_results() -> Path | None:
 def demo_table(folder: Path) -> str:
     """Markdown: the demo's picture, and a row for each method that was run."""
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/summary.json"))]
-    lines = ["| method | trainable parameters | loss | accuracy | length-normalised | training, s |", "|---" * 6 + "|"]
+    lines = ["| method | trainable parameters | loss | accuracy | length-normalised |", "|---" * 5 + "|"]
     for run in summaries:
         accuracy, normalised = (f"{run[f'{key}_before']:.1%} → {run[f'{key}_after']:.1%}" for key in ("acc", "acc_norm"))
-        lines.append(f"| {run['method'].upper()} r={run['r']} | {run['trainable_parameters']:,} | {run['loss_start']:.2f} → "
-                     f"{run['loss_end']:.2f} | {accuracy} | {normalised} | {run['seconds']['train']:.0f} |")
+        method = {"abba": "ABBA", "lora": "LoRA (PEFT)"}[run["method"]]
+        lines.append(f"| {method}, r={run['r']} | {run['trainable_parameters']:,} | {run['loss_start']:.2f} → "
+                     f"{run['loss_end']:.2f} | {accuracy} | {normalised} |")
     run = summaries[0]
     picture = folder.relative_to(folder.parents[3]).as_posix() + f"/{run['method']}/loss.png"
     return "\n".join([f"![loss curve and accuracy of the demo]({picture})", "", *lines, "",
                       f"{run['model']} on {run['data']}: {run['steps']} steps of {run['batch']} questions, lr {run['lr']:g}, "
                       f"{'bf16 autocast' if run['bf16'] else 'fp32'}, accuracy on {run['eval_items']} held-out questions (chance "
-                      f"{run['chance']:.1%}), seed {run['seed']}, 2 CPU cores that other processes shared. One run of each: it "
-                      "shows that training works, not which method is better."])
+                      f"{run['chance']:.1%}), seed {run['seed']}, on a CPU. One run of each: it shows that training works, not which "
+                      "method is better."])
 
 
 def replace_section(readme: Path, name: str, text: str) -> bool:
