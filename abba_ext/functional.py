@@ -34,10 +34,10 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
     Floating-point operations of a training step beside the base layer's, with R = r1·r2:
 
         khatri_rao   6·T·R·(m+n)
-        dense        2·T·m·n for dW, and 10·(r1+r2)·m·n to form ΔW and to contract dW onto the factors
+        dense        2·T·m·n for dW, and 8·(r1+r2)·m·n to form ΔW twice and to contract dW onto the factors
 
     The dense plan pays where R is large against m·n/(m+n) and T against the ranks. It runs in fp32 and fp64 on the CPU: in
-    half precision a ΔW below 2⁻⁹·|W0| would be rounded away. It keeps up to 4 Mi elements of scratch per calling thread.
+    half precision a ΔW below 2⁻⁹·|W0| would be rounded away. It keeps up to 3 Mi elements of scratch per calling thread.
 
     Args:
         num_tokens: T, rows of the flattened input.
@@ -66,7 +66,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
     if not wide or kernel != "cpu":
         return KernelPlan("khatri_rao", kernel, "half-precision activations" if not wide else "the dense plan is for the CPU")
     khatri_rao = 6 * num_tokens * r1 * r2 * (out_features + in_features)
-    dense = 2 * out_features * in_features * (num_tokens + _SKINNY_COST * 5 * (r1 + r2))
+    dense = 2 * out_features * in_features * (num_tokens + _SKINNY_COST * 4 * (r1 + r2))
     return KernelPlan("dense" if dense < khatri_rao else "khatri_rao", kernel,
                       f"cost beside the base layer: khatri_rao {khatri_rao / 1e9:.2f} GFLOP, dense {dense / 1e9:.2f}")
 
@@ -145,7 +145,7 @@ def abba_update(base_output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tens
 
 
 class _AbbaLinear(torch.autograd.Function):
-    """MATH: u = project(x; A), y = base + expand(u; Bᵀ); backward: v = project(dy; Bᵀ), dx = base + expand(v; A),
+    """u = project(x; A), y = base + expand(u; Bᵀ); backward: v = project(dy; Bᵀ), dx = base + expand(v; A),
     dA = factor_grad(x, v; A), dBᵀ = factor_grad(dy, u; Bᵀ). The base is x W0ᵀ + bias, or a given output."""
 
     @staticmethod
