@@ -12,7 +12,7 @@
 namespace abba::cpu {
 
 constexpr int64_t kChunk = 64;               // features staged at once by one thread
-constexpr int64_t kBlockBytes = 2 << 20;     // one Khatri-Rao block: half of it stays in a 1 MiB-per-core L2 of two cores
+constexpr int64_t kBlockBytes = 2 << 20;     // one Khatri-Rao block: about a core's L2 cache
 constexpr int64_t kHalfTokens = 1024;        // tokens widened to fp32 at once on the fp16 path
 
 // Products and sums run in fp32, for fp64 in fp64.
