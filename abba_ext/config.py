@@ -14,9 +14,14 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 PLANS = ("auto", "khatri_rao", "dense")
 
 
+def has_suffix(name: str, suffix: str) -> bool:
+    """Whether a module name is the suffix or ends in it after a dot."""
+    return name == suffix or name.endswith("." + suffix)
+
+
 def matches(pattern: str, name: str) -> bool:
-    """Whether a module name is the pattern, ends in it after a dot, or is a full regular-expression match of it."""
-    if name == pattern or name.endswith("." + pattern):
+    """Whether a module name has the pattern as a suffix or is a full regular-expression match of it."""
+    if has_suffix(name, pattern):
         return True
     try:
         return re.fullmatch(pattern, name) is not None

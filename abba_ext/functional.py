@@ -157,7 +157,7 @@ class _AbbaLinear(torch.autograd.Function):
         else:
             ctx.dense = False
         if ctx.dense:
-            factors = [_cast(factor, x.dtype).contiguous() for factor in (a1, b1, a2, b2)]
+            factors = _dense_factors(x.dtype, a1, b1, a2, b2)
             y, u = ops.dense_forward(x2, weight.to(x.dtype), _cast(bias, x.dtype), *factors, scale), None
         else:
             u = ops.project(x2, a1, a2)
@@ -181,7 +181,7 @@ class _AbbaLinear(torch.autograd.Function):
         x2, dy2 = _flat(x), _flat(dy)
         dx = dweight = dbias = da1 = da2 = db1 = db2 = None
         if ctx.dense and not torch.is_grad_enabled():
-            factors = [_cast(factor, x.dtype).contiguous() for factor in (a1, b1, a2, b2)]
+            factors = _dense_factors(x.dtype, a1, b1, a2, b2)
             dx, *grads = ops.dense_backward(x2, dy2, weight.to(x.dtype), *factors, scale, need_x, need_a or need_b)
             da1, db1, da2, db2 = (grad.to(a1.dtype) for grad in grads)
         else:
@@ -212,7 +212,8 @@ def _add_expanded(base, u, f1, f2, scale):
     return base
 
 
-# --- argument checks ---
+def _dense_factors(dtype: torch.dtype, *factors: Tensor) -> list[Tensor]:
+    return [factor.to(dtype).contiguous() for factor in factors]
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -222,6 +223,9 @@ def _flat(x: Tensor) -> Tensor:
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
+
+
+# --- argument checks ---
 
 
 def _check_base(x, weight, bias, b1):

@@ -60,16 +60,20 @@ class AbbaLayer:
         with torch.no_grad():
             return reference.delta_weight(*(getattr(self, name).detach().to(wide) for name in FACTORS), self.abba_scale)
 
+    def check_mergeable(self) -> None:
+        """Raises TypeError if the weight cannot take ΔW; see :meth:`merged_weight`."""
+        if not has_plain_weight(self):
+            raise TypeError(f"cannot merge into a weight of {type(self.weight).__name__} {self.weight.dtype}: only plain "
+                            "floating-point weights can take ΔW")
+
     def merged_weight(self) -> Tensor:
         """W0 + ΔW in the weight's dtype and layout, summed in fp32 (fp64 for fp64 weights) and rounded once.
 
         Raises:
             TypeError: The weight is not a plain floating-point tensor (quantised), so there is nothing exact to add to.
         """
+        self.check_mergeable()
         weight = self.weight
-        if not weight.is_floating_point() or type(weight.data) is not Tensor:
-            raise TypeError(f"cannot merge into a weight of {type(weight).__name__} {weight.dtype}: only plain floating-point "
-                            "weights can take ΔW")
         delta = self.delta_weight().t() if is_conv1d(self) else self.delta_weight()
         return (weight.detach().to(delta.dtype) + delta).to(weight.dtype)
 
@@ -136,11 +140,7 @@ class AbbaLinear(AbbaLayer, nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: AbbaConfig | None = None,
                  device=None, dtype=None, name: str = ""):
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        config = config or AbbaConfig()
-        attach(self, config, name, init_factors(self, config, name))
-        self.weight.requires_grad_(False)
-        if bias:
-            self.bias.requires_grad_(config.bias != "none")
+        _adapt(self, config or AbbaConfig(), name)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: AbbaConfig | None = None, name: str = "") -> nn.Module:
@@ -149,15 +149,23 @@ class AbbaLinear(AbbaLayer, nn.Linear):
         Raises:
             TypeError: Not a linear layer that can be adapted.
         """
-        config = config or AbbaConfig()
         reason = refusal(linear)
         if reason:
             raise TypeError(f"linear: {reason}")
-        attach(linear, config, name, init_factors(linear, config, name))
-        linear.weight.requires_grad_(False)
-        if linear.bias is not None:
-            linear.bias.requires_grad_(config.bias != "none")
+        _adapt(linear, config or AbbaConfig(), name)
         return linear
+
+
+def _adapt(linear: nn.Module, config: AbbaConfig, name: str) -> None:
+    attach(linear, config, name, init_factors(linear, config, name))
+    linear.weight.requires_grad_(False)
+    if linear.bias is not None:
+        linear.bias.requires_grad_(config.bias != "none")
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether the weight is an ordinary floating-point tensor: not quantised, not a tensor subclass."""
+    return module.weight.is_floating_point() and type(module.weight.data) is Tensor
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -226,8 +234,7 @@ def attach(module: nn.Module, config: AbbaConfig, name: str, factors: dict[str, 
     module.abba_merged = False
     module.abba_base_copy = None
     base_forward = module.abba_base_class.forward
-    plain_weight = type(module.weight.data) is Tensor and module.weight.is_floating_point()
-    module.abba_fused = plain_weight and (base_forward is nn.Linear.forward or is_conv1d(module))
+    module.abba_fused = has_plain_weight(module) and (base_forward is nn.Linear.forward or is_conv1d(module))
 
 
 def detach(module: nn.Module) -> None:
@@ -265,7 +272,7 @@ def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[
 
     a2, a1, b1 = kaiming(r2, n), kaiming(r1, n), kaiming(m, r1)
     if config.init == "svd":
-        if weight.is_meta or not weight.is_floating_point() or type(weight.data) is not Tensor:
+        if weight.is_meta or not has_plain_weight(module):
             raise ValueError(f"init 'svd' needs the values of the weight of {name!r}, got {type(weight).__name__} {weight.dtype} "
                              f"on {device}; load the weights first or use init='random'")
         matrix = weight.detach().t() if is_conv1d(module) else weight.detach()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .config import AbbaConfig, matches
+from .config import AbbaConfig, has_suffix, matches
 from .layers import AbbaLayer, attach, detach, init_factors, refusal
 
 _STATE = "_abba_patch"
@@ -134,8 +134,8 @@ def merge(model: nn.Module, *, safe: bool = False, keep_base: bool = True) -> No
             raise ValueError(f"cannot merge into {name}.weight: it is tied to {', '.join(shared)}, which merging would change "
                              "too; untie it first (give the layer its own copy of the weight)")
     for name, layer in layers.items():  # refuse before the first weight is written
-        finite = bool(torch.isfinite(layer.merged_weight()).all()) if safe else True
-        if not finite:
+        layer.check_mergeable()
+        if safe and not torch.isfinite(layer.merged_weight()).all():
             raise ValueError(f"the merged weight of {name!r} holds NaN or infinity; no weight was changed")
     for layer in layers.values():
         layer.merge(keep_base=keep_base)
@@ -236,11 +236,11 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
         names = aliases[id(modules[name])]
         if isinstance(patterns, str):
             return any(re.fullmatch(patterns, alias) for alias in names)
-        return any(alias == pattern or alias.endswith("." + pattern) for pattern in patterns for alias in names)
+        return any(has_suffix(alias, pattern) for pattern in patterns for alias in names)
 
     if wanted is None or wanted == "all-linear":
         heads = _head_modules(model, config) + _output_embeddings(model)
-        free = [name for name in candidates if not any(name == head or name.startswith(head + ".") for head in heads)]
+        free = [name for name in candidates if not _is_inside(name, heads)]
         blocks = [name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         inside = [name for name in free if any(name.startswith(block) for block in blocks)]
         selected = inside if wanted is None and inside else free
@@ -266,6 +266,10 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
             if not any(matches(pattern, name) for name in selected):
                 raise ValueError(f"{kind}: {pattern!r} fits no adapted layer; adapted are {_leaf_names(selected)}")
     return {name: candidates[name] for name in selected}
+
+
+def _is_inside(name: str, owners: list[str]) -> bool:
+    return any(name == owner or name.startswith(owner + ".") for owner in owners)
 
 
 def _leaf_names(names) -> str:
@@ -299,7 +303,7 @@ def _head_modules(model: nn.Module, config: AbbaConfig) -> list[str]:
         return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
     found = []
     for wanted in config.modules_to_save:
-        names = [name for name, _ in model.named_modules() if name == wanted or name.endswith("." + wanted)]
+        names = [name for name, _ in model.named_modules() if has_suffix(name, wanted)]
         if not names:
             near = difflib.get_close_matches(wanted, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}, n=3)
             raise ValueError(f"modules_to_save: no module is named {wanted!r}" +
@@ -310,15 +314,14 @@ def _head_modules(model: nn.Module, config: AbbaConfig) -> list[str]:
 
 def _trained_base_parameters(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Module]) -> list[str]:
     heads = _head_modules(model, config)
-    inside = [name for name in targets if any(name == head or name.startswith(head + ".") for head in heads)]
+    inside = [name for name in targets if _is_inside(name, heads)]
     if inside:
         raise ValueError(f"modules_to_save: {inside[0]!r} cannot be both adapted and trained in full")
     trained = []
     for name, parameter in model.named_parameters():
         owner, _, key = name.rpartition(".")
-        in_head = any(name.startswith(head + ".") for head in heads)
         is_bias = key == "bias" and (config.bias == "all" or config.bias == "abba_only" and owner in targets)
-        if (in_head or is_bias) and parameter.is_floating_point():
+        if (_is_inside(owner, heads) or is_bias) and parameter.is_floating_point():
             trained.append(name)
     return trained
 

@@ -205,6 +205,18 @@ def test_merge_is_all_or_nothing():
     assert all(torch.equal(p, state[n]) for n, p in model.named_parameters() if "abba_A1" not in n)
 
 
+def test_merge_refuses_integer_weights_before_any_is_written():
+    model = Toy()
+    model.layers[2].k_proj.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    patch_model(model, AbbaConfig(init="random"))
+    for layer in abba_ext.abba_layers(model).values():
+        layer.abba_B2.data.normal_()
+    before = model.layers[0].q_proj.weight.detach().clone()
+    with pytest.raises(TypeError, match="cannot merge into a weight of Parameter torch.int8"):
+        abba_ext.merge_and_unload(model)
+    assert torch.equal(model.layers[0].q_proj.weight, before) and abba_ext.is_patched(model)
+
+
 def test_unmerge_without_copy_is_refused():
     model = patch_model(Toy())
     abba_ext.merge(model, keep_base=False)
