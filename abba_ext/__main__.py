@@ -22,6 +22,7 @@ def info(args: argparse.Namespace) -> None:
         except importlib.metadata.PackageNotFoundError:
             rows.append((package, "not installed"))
     rows += [("built with torch", build["torch"]), ("compiler", build["compiler"]), ("flags", build["flags"]),
+             ("nvcc", build["nvcc"] or "none"),
              ("CUDA architectures", build["cuda"] or "none (CUDA tensors run the composite of torch matmuls)"),
              ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
     rows += [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]

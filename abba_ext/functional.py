@@ -18,7 +18,7 @@ class KernelPlan(NamedTuple):
 
     Attributes:
         plan: "khatri_rao" (three operators on r1·r2 columns) or "dense" (ΔW formed block by block).
-        kernel: "cpu" (compiled) or "composite" (torch matmuls).
+        kernel: "cpu" (compiled), "cuda" (handwritten kernels) or "composite" (torch matmuls, for what they do not cover).
         reason: One sentence.
     """
 
@@ -28,7 +28,8 @@ class KernelPlan(NamedTuple):
 
 
 def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r2: int,
-                dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", plan: Plan = "auto") -> KernelPlan:
+                dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", plan: Plan = "auto", *,
+                factor_dtype: torch.dtype | None = None) -> KernelPlan:
     """Which path :func:`abba_linear` takes for T tokens, W0 [m, n] and ranks (r1, r2).
 
     Floating-point operations of a training step beside the base layer's, with R = r1·r2:
@@ -39,6 +40,10 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
     The dense plan pays where R is large against m·n/(m+n) and T against the ranks. It runs in fp32 and fp64 on the CPU: in
     half precision a ΔW below 2⁻⁹·|W0| would be rounded away. It keeps up to 3 Mi elements of scratch per calling thread.
 
+    The CUDA kernels take bfloat16 and float16 activations and factors in that dtype or float32 (rounded to the activations'
+    dtype while they are loaded), r2 up to 64 and any r1, on GPUs from compute capability 8.0. Whatever else comes on a GPU
+    runs the composite of torch matmuls; so do x and outputs whose innermost stride is not 1.
+
     Args:
         num_tokens: T, rows of the flattened input.
         in_features: n.
@@ -48,27 +53,35 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         dtype: Activation dtype.
         device: Device of the call.
         plan: "auto" chooses by the cost above; a name forces it.
+        factor_dtype: Dtype of the four factors; None: float32 beside half-precision activations, else the activations'.
 
     Raises:
         ValueError: For an unknown plan, or the dense plan in half precision.
     """
+    device = torch.device(device)
+    chosen, reason = _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device.type, plan)
+    if device.type == "cpu":
+        return KernelPlan(chosen, "cpu", reason)
+    uncovered = ops.uncovered_by_cuda(dtype, factor_dtype or torch.promote_types(dtype, torch.float32), r2, device)
+    return KernelPlan(chosen, "composite" if uncovered else "cuda", uncovered or "the CUDA kernels cover it")
+
+
+def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_type, plan) -> tuple[str, str]:
+    """(plan, reason)"""
     if plan not in ("auto", "khatri_rao", "dense"):
         raise ValueError(f"plan must be 'auto', 'khatri_rao' or 'dense', got {plan!r}")
-    kernel = "cpu" if torch.device(device).type == "cpu" else "composite"
     wide = dtype in (torch.float32, torch.float64)
-    if plan == "dense":
-        if not wide or kernel != "cpu":
-            raise ValueError(f"plan 'dense' needs float32 or float64 activations on the CPU, got {dtype} on {device}: in half "
-                             "precision it would round small updates away")
-        return KernelPlan("dense", kernel, "asked for")
-    if plan == "khatri_rao":
-        return KernelPlan("khatri_rao", kernel, "asked for")
-    if not wide or kernel != "cpu":
-        return KernelPlan("khatri_rao", kernel, "half-precision activations" if not wide else "the dense plan is for the CPU")
+    if plan == "dense" and (not wide or device_type != "cpu"):
+        raise ValueError(f"plan 'dense' needs float32 or float64 activations on the CPU, got {dtype} on {device_type}: in "
+                         "half precision it would round small updates away")
+    if plan != "auto":
+        return plan, "asked for"
+    if not wide or device_type != "cpu":
+        return "khatri_rao", "half-precision activations" if not wide else "the dense plan is for the CPU"
     khatri_rao = 6 * num_tokens * r1 * r2 * (out_features + in_features)
     dense = 2 * out_features * in_features * (num_tokens + _SKINNY_COST * 4 * (r1 + r2))
-    return KernelPlan("dense" if dense < khatri_rao else "khatri_rao", kernel,
-                      f"cost beside the base layer: khatri_rao {khatri_rao / 1e9:.2f} GFLOP, dense {dense / 1e9:.2f}")
+    return ("dense" if dense < khatri_rao else "khatri_rao",
+            f"cost beside the base layer: khatri_rao {khatri_rao / 1e9:.2f} GFLOP, dense {dense / 1e9:.2f}")
 
 
 # The dense plan's low-rank products run at half the rate of the large ones; measured on 2 cores with AVX-512 at 768x768,
@@ -152,8 +165,8 @@ class _AbbaLinear(torch.autograd.Function):
     def forward(ctx, x, base_output, weight, bias, a1, b1, a2, b2, scale, recompute_u, plan):
         x2 = _flat(x)
         if weight is not None:
-            chosen = kernel_plan(x2.size(0), x2.size(1), b1.size(0), a1.size(0), a2.size(0), x.dtype, x.device, plan)
-            ctx.dense = chosen.plan == "dense"
+            ctx.dense = _choose_plan(x2.size(0), x2.size(1), b1.size(0), a1.size(0), a2.size(0), x.dtype, x.device.type,
+                                     plan)[0] == "dense"
         else:
             ctx.dense = False
         if ctx.dense:

@@ -10,7 +10,8 @@ With factors f1 [r1, D], f2 [r2, D], R = r1·r2 and KR(f1, f2)[(a,b), d] = f1[a,
 Shapes and dtypes: x, y, u, v share one dtype out of float32, bfloat16, float16, float64 and may have any strides; f1
 and f2 share a dtype of their own (float32 masters beside bfloat16 activations are usual). Factors may lie in memory as
 [r, D] or as the transposed view of [D, r]; neither is copied, and gradients come back in the factor's layout and dtype.
-Products accumulate in fp32 (fp64 for fp64). Results are bitwise deterministic for a given number of threads.
+Products accumulate in fp32 (fp64 for fp64). On a GPU handwritten kernels take bfloat16 and float16; they round float32
+factors to that dtype first. The rest runs as a composite of torch matmuls (see :func:`abba_ext.kernel_plan`). Results are bitwise deterministic for a given number of threads.
 Errors: RuntimeError naming the argument, what was expected and what came.
 Source: arXiv 2505.14238, Theorem 1 (ΔW = s·B*·A* with Khatri–Rao factors).
 """
@@ -52,8 +53,18 @@ def expand_(y: torch.Tensor, u: torch.Tensor, f1: torch.Tensor, f2: torch.Tensor
     _expand_(y, u, f1, f2, s)
 
 
+def uncovered_by_cuda(dtype: torch.dtype, factor_dtype: torch.dtype, r2: int, device: torch.device) -> str:
+    """Why no handwritten kernel covers such a call on a GPU (it runs the composite of torch matmuls); "" if one does."""
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type}"
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _C.uncovered_by_cuda(*(str(t).removeprefix("torch.") for t in (dtype, factor_dtype)), r2, index)
+
+
 def build_info() -> dict[str, str]:
-    """How the compiled module was built: torch, compiler, flags and CUDA architectures ("" if none)."""
+    """How the compiled module was built: torch, compilers, flags and CUDA architectures ("" if none)."""
     return _C.build_info()
 
 
@@ -100,23 +111,23 @@ def _(x, dy, weight, a1, b1, a2, b2, s, need_x, need_factors):
     return dx, *(f.new_empty((f.size(0) if need_factors else 0, f.size(1))) for f in (a1, b1, a2, b2))
 
 
-# --- devices without a kernel of their own: the composite of torch matmuls ---
+# --- the composite of torch matmuls, for what no CUDA kernel covers; csrc/cuda_backend.cpp decides and allocates ---
 
 
-@torch.library.impl("abba::project", "CUDA")
-def _(x, f1, f2):
-    return reference.project(x, f1, f2)
+@torch.library.impl("abba::project_composite", "CompositeExplicitAutograd")
+def _(u, x, f1, f2):
+    u.copy_(reference.project(x, f1, f2))
 
 
-@torch.library.impl("abba::expand_", "CUDA")
+@torch.library.impl("abba::expand_composite", "CompositeExplicitAutograd")
 def _(y, u, f1, f2, s):
     y.addmm_(u, reference.khatri_rao(f1, f2).to(y.dtype), alpha=s)
 
 
-@torch.library.impl("abba::factor_grad", "CUDA")
-def _(x, v, f1, f2, s):
-    grads = reference.factor_grad(x, v, f1, f2, s)
-    return tuple(_like_factor(f).copy_(grad) for f, grad in zip((f1, f2), grads))
+@torch.library.impl("abba::factor_grad_composite", "CompositeExplicitAutograd")
+def _(df1, df2, x, v, f1, f2, s):
+    for out, grad in zip((df1, df2), reference.factor_grad(x, v, f1, f2, s)):
+        out.copy_(grad)
 
 
 # --- derivatives: the set is closed under differentiation ---

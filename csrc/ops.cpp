@@ -1,4 +1,4 @@
-// Schemas of the three operators and of the dense plan, and their CPU registration: check, allocate, compute.
+// Schemas of the three operators and of the dense plan, and their registration for CPU and CUDA: check, allocate, compute.
 // Shapes in every message: T tokens, D features, R = r1*r2.
 #include "stable.h"
 
@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cuda_backend.h"
 
 namespace abba {
 namespace {
@@ -42,9 +43,15 @@ const char* name(ScalarType dtype) {
   }
 }
 
-void check_tensor(const char* op, const char* arg, const Tensor& t) {
+std::string device(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another kind";
+}
+
+// A matrix on the device of first.
+void check_tensor(const char* op, const char* arg, const Tensor& t, const Tensor& first) {
   check(t.dim() == 2, op, ": ", arg, " must be 2-D, got shape ", shape(t));
-  check(t.is_cpu(), op, ": ", arg, " must be on the CPU as the other tensors are, got another device");
+  check(device(t) == device(first), op, ": ", arg, " must be on the device of the first argument, ", device(first), ", got ",
+        device(t));
   const ScalarType dtype = t.scalar_type();
   check(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
                       dtype == ScalarType::Half,
@@ -53,9 +60,9 @@ void check_tensor(const char* op, const char* arg, const Tensor& t) {
 
 // tokens [T, D] with a factor pair f1 [r1, D], f2 [r2, D]
 void check_pair(const char* op, const char* arg, const Tensor& tokens, const Tensor& f1, const Tensor& f2) {
-  check_tensor(op, arg, tokens);
-  check_tensor(op, "f1", f1);
-  check_tensor(op, "f2", f2);
+  check_tensor(op, arg, tokens, tokens);
+  check_tensor(op, "f1", f1, tokens);
+  check_tensor(op, "f2", f2, tokens);
   check(f1.size(0) >= 1, op, ": f1 must have rank r1 >= 1, got shape ", shape(f1));
   check(f2.size(0) >= 1, op, ": f2 must have rank r2 >= 1, got shape ", shape(f2));
   check(f1.size(1) == tokens.size(1), op, ": f1 must be [r1, D] with D = ", tokens.size(1), " as in ", arg, ' ',
@@ -69,7 +76,7 @@ void check_pair(const char* op, const char* arg, const Tensor& tokens, const Ten
 // ranks [T, R] that belongs to tokens [T, D]
 void check_ranks(const char* op, const char* arg, const Tensor& ranks, const char* tokens_arg, const Tensor& tokens,
                  const Tensor& f1, const Tensor& f2) {
-  check_tensor(op, arg, ranks);
+  check_tensor(op, arg, ranks, tokens);
   check(ranks.size(0) == tokens.size(0) && ranks.size(1) == f1.size(0) * f2.size(0), op, ": ", arg,
                   " must be [T, r1*r2] = [", tokens.size(0), ", ", f1.size(0) * f2.size(0), "], got ", shape(ranks));
   check(ranks.scalar_type() == tokens.scalar_type(), op, ": ", arg, " must have the dtype of ", tokens_arg, ", ",
@@ -103,7 +110,7 @@ Tensor project(const Tensor& x, const Tensor& f1, const Tensor& f2) {
   Tensor u = torch::stable::new_empty(x, {x.size(0), f1.size(0) * f2.size(0)});
   if (u.numel() == 0) return u;
   if (x.size(1) == 0) return torch::stable::zero_(u);
-  cpu::project(u, x, f1, f2);
+  (x.is_cpu() ? cpu::project : cuda::project)(u, x, f1, f2);
   return u;
 }
 
@@ -111,7 +118,7 @@ void expand_(Tensor y, const Tensor& u, const Tensor& f1, const Tensor& f2, doub
   check_pair("expand_", "y", y, f1, f2);
   check_ranks("expand_", "u", u, "y", y, f1, f2);
   check_written("expand_", "y", y, {&u, &f1, &f2});
-  if (y.numel() != 0) cpu::expand_(y, u, f1, f2, s);
+  if (y.numel() != 0) (y.is_cpu() ? cpu::expand_ : cuda::expand_)(y, u, f1, f2, s);
 }
 
 // An output with the layout of its factor: [r, D] or [D, r], whichever is contiguous.
@@ -128,7 +135,7 @@ std::tuple<Tensor, Tensor> factor_grad(const Tensor& x, const Tensor& v, const T
     torch::stable::zero_(df1);
     torch::stable::zero_(df2);
   } else if (x.size(1) != 0) {
-    cpu::factor_grad(df1, df2, x, v, f1, f2, s);
+    (x.is_cpu() ? cpu::factor_grad : cuda::factor_grad)(df1, df2, x, v, f1, f2, s);
   }
   return {df1, df2};
 }
@@ -139,7 +146,7 @@ void check_dense(const char* op, const Tensor& x, const Tensor& weight, const Te
   const std::pair<const char*, const Tensor*> arguments[] = {{"x", &x},   {"weight", &weight}, {"a1", &a1},
                                                              {"b1", &b1}, {"a2", &a2},         {"b2", &b2}};
   for (const auto& [arg, t] : arguments) {
-    check_tensor(op, arg, *t);
+    check_tensor(op, arg, *t, x);
     check(t->scalar_type() == x.scalar_type(), op, ": ", arg, " must have the dtype of x, ", name(x.scalar_type()), ", got ",
           name(t->scalar_type()));
   }
@@ -170,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_backward(const Tensor& 
                                                                   const Tensor& a1, const Tensor& b1, const Tensor& a2,
                                                                   const Tensor& b2, double s, bool need_x, bool need_factors) {
   check_dense("dense_backward", x, weight, a1, b1, a2, b2);
-  check_tensor("dense_backward", "dy", dy);
+  check_tensor("dense_backward", "dy", dy, x);
   check(dy.size(0) == x.size(0) && dy.size(1) == weight.size(0) && dy.scalar_type() == x.scalar_type(),
         "dense_backward: dy must be [T, m] = [", x.size(0), ", ", weight.size(0), "] in x's dtype, got ", shape(dy));
   const auto zeros = [](const Tensor& like, bool needed) {
@@ -193,6 +200,9 @@ STABLE_TORCH_LIBRARY(abba, m) {
   m.def("project(Tensor x, Tensor f1, Tensor f2) -> Tensor");
   m.def("expand_(Tensor(a!) y, Tensor u, Tensor f1, Tensor f2, float s) -> ()");
   m.def("factor_grad(Tensor x, Tensor v, Tensor f1, Tensor f2, float s) -> (Tensor, Tensor)");
+  m.def("project_composite(Tensor(a!) u, Tensor x, Tensor f1, Tensor f2) -> ()");
+  m.def("expand_composite(Tensor(a!) y, Tensor u, Tensor f1, Tensor f2, float s) -> ()");
+  m.def("factor_grad_composite(Tensor(a!) df1, Tensor(b!) df2, Tensor x, Tensor v, Tensor f1, Tensor f2, float s) -> ()");
   m.def("dense_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a1, Tensor b1, Tensor a2, Tensor b2, float s) -> Tensor");
   m.def("dense_backward(Tensor x, Tensor dy, Tensor weight, Tensor a1, Tensor b1, Tensor a2, Tensor b2, float s, bool need_x, "
         "bool need_factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -204,6 +214,12 @@ STABLE_TORCH_LIBRARY_IMPL(abba, CPU, m) {
   m.impl("factor_grad", TORCH_BOX(&factor_grad));
   m.impl("dense_forward", TORCH_BOX(&dense_forward));
   m.impl("dense_backward", TORCH_BOX(&dense_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(abba, CUDA, m) {
+  m.impl("project", TORCH_BOX(&project));
+  m.impl("expand_", TORCH_BOX(&expand_));
+  m.impl("factor_grad", TORCH_BOX(&factor_grad));
 }
 
 }  // namespace abba

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, assert_close_to_truth, assert_no_worse_than, dense_linear, random_layer
 
-from abba_ext import abba_linear, abba_update, kernel_plan, reference
+from abba_ext import abba_linear, abba_update, kernel_plan, ops, reference
 
 NAMES = ("x", "weight", "bias", "a1", "b1", "a2", "b2")
 SCALE = 0.7
@@ -233,6 +233,17 @@ def test_plan_follows_cost_and_dtype():
     assert kernel_plan(512, 768, 768, 16, 16).plan == "dense"
     assert kernel_plan(512, 768, 768, 16, 16, torch.bfloat16).plan == "khatri_rao"
     assert kernel_plan(512, 768, 768, 16, 16, torch.float32, "cuda")[:2] == ("khatri_rao", "composite")
+
+
+@pytest.mark.skipif(not ops.build_info()["cuda"], reason="built without CUDA")
+def test_what_the_cuda_kernels_do_not_cover_has_a_reason():
+    uncovered = ops._C.uncovered_by_cuda  # device -1: none, asked last
+    assert "bfloat16 and float16 activations" in uncovered("float32", "float32", 16, -1)
+    assert "float32" in uncovered("bfloat16", "float16", 16, -1)
+    assert "r2 up to 64" in uncovered("bfloat16", "float32", 65, -1)
+    assert "architecture" in uncovered("bfloat16", "float32", 64, -1)
+    if not torch.cuda.is_available():
+        assert kernel_plan(512, 768, 768, 16, 16, torch.bfloat16, "cuda")[1:] == ("composite", "no GPU is visible")
 
 
 def test_plans_agree():

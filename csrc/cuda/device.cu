@@ -1,0 +1,23 @@
+// What the host asks of the CUDA runtime besides launches. The current device is meant.
+#include "../launchers.h"
+#include "compat.cuh"
+
+namespace abba {
+namespace {
+
+__global__ void probe() {}
+
+}  // namespace
+
+int device_multiprocessors() {
+  cudaFuncAttributes attributes;
+  int device = 0, multiprocessors = 0;
+  const bool known = cudaFuncGetAttributes(&attributes, probe) == cudaSuccess && cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  cudaGetLastError();  // "no code for this device" is an answer, not an error to leave behind
+  return known ? multiprocessors : 0;
+}
+
+const char* cuda_error_name(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace abba

@@ -1,0 +1,227 @@
+// The only place that knows how a Khatri–Rao fragment forms: KR[(a, b), d] = f1[a, d] f2[b, d], index a*r2 + b.
+//
+// A fragment of f2 comes from shared memory by ldmatrix (the tile keeps the factor's own order, [r, D] or [D, r]) and serves
+// every a; f1 is staged in the order in which lanes read it. One packed multiply makes two elements of the operand, in the
+// register that the tensor core reads. b is padded with zeros to kRank2, a power of two, while it is staged.
+#pragma once
+#include <type_traits>
+
+#include "../launchers.h"
+#include "tile.cuh"
+
+namespace abba {
+
+// fn(T{}) for the activations' element type.
+template <typename Fn>
+int with_element_type(Dtype dtype, Fn&& fn) {
+  return dtype == Dtype::kFloat16 ? fn(__half{}) : fn(__nv_bfloat16{});
+}
+
+template <typename T>
+ABBA_DEVICE T from_float(float value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else {
+    return __float2bfloat16_rn(value);
+  }
+}
+
+template <typename T>
+ABBA_DEVICE float to_float(T value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(value);
+  } else {
+    return __bfloat162float(value);
+  }
+}
+
+template <typename T>
+ABBA_DEVICE uint32_t pack(T low, T high) {
+  return static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(low)) |
+         static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(high)) << 16;
+}
+
+template <typename T>
+ABBA_DEVICE T half_of(uint32_t word, int half) {
+  const uint16_t bits = static_cast<uint16_t>(word >> (16 * half));
+  return reinterpret_cast<const T&>(bits);
+}
+
+// Two products, each rounded once.
+template <typename T>
+ABBA_DEVICE uint32_t multiply2(uint32_t x, uint32_t y) {
+  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const T2 product = __hmul2(reinterpret_cast<const T2&>(x), reinterpret_cast<const T2&>(y));
+  return reinterpret_cast<const uint32_t&>(product);
+}
+
+// One half of a word in both halves.
+ABBA_DEVICE uint32_t broadcast_half(uint32_t word, int half) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(word, 0, half ? 0x3232 : 0x1010);
+#else
+  return (word >> (16 * half) & 0xffff) * 0x10001u;
+#endif
+}
+
+// --- a factor's elements ---
+
+template <typename T>
+ABBA_DEVICE float factor_at(const Factor& f, bool fp32, int64_t rank, int64_t feature) {
+  const int64_t at = rank * f.rank_stride + feature * f.feature_stride;
+  return fp32 ? static_cast<const float*>(f.data)[at] : to_float(static_cast<const T*>(f.data)[at]);
+}
+
+// Powers of two that f1 and f2 are multiplied by before they are rounded, and what undoes both. In float16 a product of two
+// small factors would be rounded to zero: the largest of each is brought to about 2^7, so that products reach 2^15.
+struct Scales {
+  float f1, f2, undo;
+};
+
+ABBA_DEVICE float power_of_two(int exponent) {  // -126 to 127
+  const uint32_t bits = static_cast<uint32_t>(127 + exponent) << 23;
+  return reinterpret_cast<const float&>(bits);
+}
+
+// partial_maxima [2][32] of |f1| and |f2|, from factor_magnitudes; every thread of a warp calls it.
+template <typename T>
+ABBA_DEVICE Scales scales_of(const void* partial_maxima) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return {1.f, 1.f, 1.f};
+  } else {
+    int exponents[2];
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float largest = static_cast<const float*>(partial_maxima)[32 * i + threadIdx.x % 32];
+      #pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+      const int exponent = static_cast<int>(reinterpret_cast<const uint32_t&>(largest) >> 23) - 126;  // 2^(exponent-1) <= largest
+      exponents[i] = largest > 0.f && largest < INFINITY ? max(-60, min(60, 7 - exponent)) : 0;
+    }
+    return {power_of_two(exponents[0]), power_of_two(exponents[1]), power_of_two(-exponents[0] - exponents[1])};
+  }
+}
+
+// kRanks x kFeatures elements of a factor on their way through the registers of kThreads threads: load early, store late.
+// Neighbouring threads take neighbouring addresses of a factor that lies as [D, r] if kRanksInner, as [r, D] if not.
+template <typename T, int kRanks, int kFeatures, int kThreads, bool kRanksInner>
+struct FactorTile {
+  static constexpr int kElements = kRanks * kFeatures, kPerThread = (kElements + kThreads - 1) / kThreads;
+  static constexpr int kInner = kRanksInner ? kRanks : kFeatures, kOuterStep = kThreads / kInner;
+  static_assert(kThreads % kInner == 0);
+  float values[kPerThread];
+
+  // body(j, rank, feature) for this thread's elements
+  template <typename Body>
+  ABBA_DEVICE static void for_each(Body body) {
+    const int inner = static_cast<int>(threadIdx.x) % kInner, outer = static_cast<int>(threadIdx.x) / kInner;
+    #pragma unroll
+    for (int j = 0; j < kPerThread; ++j) {
+      const int at = outer + j * kOuterStep;
+      if (kElements % kThreads != 0 && at >= kElements / kInner) break;
+      body(j, kRanksInner ? inner : at, kRanksInner ? at : inner);
+    }
+  }
+
+  template <typename Element>
+  ABBA_DEVICE void load_from(const Element* corner, const Factor& f, int ranks_left, int64_t features_left) {
+    const int features = features_left < kFeatures ? static_cast<int>(features_left) : kFeatures;
+    const int inner = static_cast<int>(threadIdx.x) % kInner, outer = static_cast<int>(threadIdx.x) / kInner;
+    const int64_t inner_stride = kRanksInner ? f.rank_stride : f.feature_stride;
+    const int64_t outer_stride = kRanksInner ? f.feature_stride : f.rank_stride;
+    const Element* at = corner + inner * inner_stride + outer * outer_stride;
+    const int64_t step = kOuterStep * outer_stride;
+    for_each([&](int j, int r, int d) {
+      Element value{};
+      if (r < ranks_left && d < features) value = *at;
+      at += step;
+      if constexpr (std::is_same_v<Element, float>) {
+        values[j] = value;
+      } else {
+        values[j] = to_float(value);
+      }
+    });
+  }
+
+  ABBA_DEVICE void load(const Factor& f, bool fp32, int rank, int num_ranks, int64_t feature, int64_t num_features) {
+    const int64_t at = rank * f.rank_stride + feature * f.feature_stride;
+    if (fp32) {
+      load_from(static_cast<const float*>(f.data) + at, f, num_ranks - rank, num_features - feature);
+    } else {
+      load_from(static_cast<const T*>(f.data) + at, f, num_ranks - rank, num_features - feature);
+    }
+  }
+
+  // offset(rank, feature) is where an element goes, in bytes from s_tile; rounded here, times a power of two.
+  template <typename Offset>
+  ABBA_DEVICE void store(unsigned char* s_tile, float scale, Offset offset) const {
+    for_each([&](int j, int r, int d) {
+      const T value = from_float<T>(scale * values[j]);
+      *reinterpret_cast<T*>(s_tile + offset(r, d)) = value;
+    });
+  }
+};
+
+// f2's tile in shared memory, in the factor's own order: [kRank2][kFeatures], or [kFeatures][kRank2] if kRanksInner.
+template <int kRank2, int kFeatures, bool kRanksInner>
+struct F2Tile {
+  static constexpr int kColumns = kRanksInner ? kRank2 : kFeatures;
+  static constexpr int kBytes = 2 * kRank2 * kFeatures;
+  ABBA_DEVICE static uint32_t offset(int rank, int feature) {
+    return kRanksInner ? Tile<kColumns>::element_offset(feature, rank) : Tile<kColumns>::element_offset(rank, feature);
+  }
+};
+
+// --- KR as the B operand of a contraction over features (project): n = (a, b), k = feature ---
+
+// f1's tile for it: the words (2t, 2t+1) and (2t+8, 2t+9) of a k16 step lie together, [k16][a][t][half].
+template <int kRanks>
+struct F1PairOrder {
+  ABBA_DEVICE static uint32_t offset(int a, int feature) {
+    const int step = feature / 16, half = feature / 8 % 2, t = feature % 8 / 2;
+    return ((step * kRanks + a) * 4 + t) * 8 + half * 4 + feature % 2 * 2;
+  }
+  ABBA_DEVICE static uint2 load(const unsigned char* s_f1, int a, int step) {
+    return *reinterpret_cast<const uint2*>(s_f1 + ((step * kRanks + a) * 4 + threadIdx.x % 4) * 8);
+  }
+};
+
+// f2's fragments of a k16 step, for all kRank2 values of b: two words per n8 tile.
+template <int kRank2, int kFeatures, bool kRanksInner>
+ABBA_DEVICE void load_f2_over_features(uint32_t (&f2)[kRank2 / 8][2], uint32_t s_f2, int feature) {
+  constexpr int kColumns = F2Tile<kRank2, kFeatures, kRanksInner>::kColumns;
+  if constexpr (kRank2 == 8) {
+    load_b<kRanksInner, kColumns>(f2[0], s_f2, 0, feature);
+  } else {
+    #pragma unroll
+    for (int q = 0; q < kRank2 / 8; q += 2) {
+      uint32_t b[4];
+      load_b<kRanksInner, kColumns>(b, s_f2, q * 8, feature);
+      f2[q][0] = b[0], f2[q][1] = b[1], f2[q + 1][0] = b[2], f2[q + 1][1] = b[3];
+    }
+  }
+}
+
+// --- KR as the B operand of a contraction over ranks (expand): n = feature, k = (a, b) ---
+
+// f1's tile for it: a lane's four features g, g+8, g+16, g+24 of a warp's 32 lie together, [a][warp][g][n8 tile].
+template <int kFeatures>
+struct F1FeatureOrder {
+  ABBA_DEVICE static uint32_t offset(int a, int feature) {
+    return a * 2 * kFeatures + feature / 32 * 64 + feature % 8 * 8 + feature % 32 / 8 * 2;
+  }
+  ABBA_DEVICE static uint2 load(const unsigned char* s_f1, int a, int warp) {
+    return *reinterpret_cast<const uint2*>(s_f1 + a * 2 * kFeatures + warp * 64 + threadIdx.x % 32 / 4 * 8);
+  }
+};
+
+// f2's fragments for 32 features and all of b: kRank2 / 8 words per n8 tile, in the order of b.
+template <int kRank2, int kFeatures, bool kRanksInner>
+ABBA_DEVICE void load_f2_over_ranks(uint32_t (&f2)[kRank2 / 8][4], uint32_t s_f2, int feature) {
+  constexpr int kColumns = F2Tile<kRank2, kFeatures, kRanksInner>::kColumns;
+  #pragma unroll
+  for (int q = 0; q < kRank2 / 8; ++q) load_b_half<!kRanksInner, kColumns>(f2[q], s_f2, feature, q * 8);
+}
+
+}  // namespace abba

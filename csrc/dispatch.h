@@ -1,0 +1,51 @@
+// The one table of what the CUDA kernels cover, and which of their forms a shape takes. None of the thresholds is measured
+// yet: each is reasoned from the number of blocks that a device with 132 multiprocessors needs.
+#pragma once
+#include <type_traits>
+
+#include "launchers.h"
+
+namespace abba {
+
+constexpr int kMaxRank2 = 64;
+constexpr int kMaxRank1 = 1 << 16;  // blocks along the ranks are counted in 16 bits
+
+// Up to here project splits the features over the warps of a block instead of the tokens over blocks.
+constexpr int64_t kSmallTokens = 64;
+
+// r2 as the kernels have it: b is padded with zeros to the next of these.
+constexpr int padded_rank2(int r2) { return r2 <= 8 ? 8 : r2 <= 16 ? 16 : r2 <= 32 ? 32 : 64; }
+
+// Columns (a, b) of a block of project: 256, so that x is read once, where 64-token blocks fill most of the device.
+inline bool wide_project(const Launch& launch, int r1, int rank2) {
+  return r1 * static_cast<int64_t>(rank2) > 64 && (launch.num_tokens + 63) / 64 * 4 >= 3 * launch.num_sms;
+}
+
+// Blocks of expand that share a tile of tokens: enough of them to have four blocks on every multiprocessor.
+inline int64_t expand_feature_groups(int64_t token_tiles, int64_t feature_tiles, int num_sms) {
+  const int64_t groups = (4 * num_sms + token_tiles - 1) / token_tiles;
+  return groups < feature_tiles ? groups : feature_tiles;
+}
+
+// Blocks of factor_grad that share out the tokens: enough to fill the device once, of at least 512 tokens each.
+inline int factor_grad_splits(int64_t num_tokens, int64_t other_blocks, int num_sms) {
+  const int64_t wanted = (num_sms + other_blocks / 2) / other_blocks, most = (num_tokens + 511) / 512;
+  const int64_t splits = wanted < most ? wanted : most;
+  return static_cast<int>(splits < 1 ? 1 : splits);
+}
+
+// fn(padded r2, whether f2 lies as [D, r2]) as compile-time constants.
+template <typename Fn>
+int with_rank2(const FactorPair& factors, Fn&& fn) {
+  const auto with_layout = [&](auto rank2) {
+    return factors.f2.rank_stride == 1 ? fn(rank2, std::true_type{}) : fn(rank2, std::false_type{});
+  };
+  switch (padded_rank2(factors.r2)) {
+    case 8: return with_layout(std::integral_constant<int, 8>{});
+    case 16: return with_layout(std::integral_constant<int, 16>{});
+    case 32: return with_layout(std::integral_constant<int, 32>{});
+    default: return with_layout(std::integral_constant<int, 64>{});
+  }
+}
+
+}  // namespace abba
