@@ -18,6 +18,9 @@ import torch
 from abba_ext import ops
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "build_support"))
+import cuda_toolkit  # noqa: E402
+
 MISSING = "raise ModuleNotFoundError(\"No module named 'torch'\")"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="front ends are found through /proc")
 
@@ -117,7 +120,8 @@ def test_sdist_needs_no_torch_and_holds_all_sources(tree, tmp_path):
     with tarfile.open(next(tmp_path.glob("abba_ext-*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {path for folder in ("abba_ext", "build_support", "csrc") for path in (tree / folder).rglob("*.*")}
-    assert names >= {str(path.relative_to(tree)) for path in sources if path.suffix in (".py", ".cpp", ".h")}
+    suffixes = {".py", ".cpp", ".h", ".cu", ".cuh"}
+    assert names >= {str(path.relative_to(tree)) for path in sources if path.suffix in suffixes}
     assert names >= {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
 
 
@@ -129,6 +133,213 @@ def test_import_from_the_unbuilt_source_tree(tree):
     assert done.stderr.splitlines()[-1].startswith(
         "ImportError: abba_ext: the compiled module is missing because abba_ext was imported from its source tree "
         f"({tree / 'abba_ext'}); run `pip install -e .` there")
+
+
+# --- setup.py: the CUDA kernels ---
+
+TORCH_STUB = """
+__version__ = '2.13.0'
+class version: cuda = {cuda!r}
+class cuda:
+    device_count = lambda: len({devices})
+    get_device_capability = lambda i: {devices}[i]
+"""
+CPP_EXTENSION_STUB = """
+import json, setuptools
+from setuptools.command.build_ext import build_ext
+class BuildExtension(build_ext):
+    def run(self):
+        [module] = self.distribution.ext_modules
+        print("ASKED", json.dumps({**vars(module), "CUDA_HOME": globals().get("CUDA_HOME")}, default=str))
+CppExtension = setuptools.Extension
+"""
+
+
+class Build:
+    """setup.py in a tree whose torch, C++ compiler and nvcc are stubs; no other nvcc is to be found."""
+
+    def __init__(self, tree, tmp_path):
+        self.tree, self.stubs, self.bin = tree, tmp_path / "stubs", tmp_path / "bin"
+        module = tree / "build_support" / "cuda_toolkit.py"
+        module.write_text(module.read_text().replace("/usr/local/cuda", str(tmp_path / "default")))
+        self.bin.mkdir()
+        script(self.bin / "c++", "echo 'c++ 12'")
+        self.torch()
+
+    def torch(self, cuda=None, devices=()):
+        shutil.rmtree(self.stubs, ignore_errors=True)
+        stub(self.stubs, "torch", TORCH_STUB.format(cuda=cuda, devices=list(devices)))
+        stub(self.stubs / "torch", "utils", "")
+        (self.stubs / "torch" / "utils" / "cpp_extension.py").write_text(CPP_EXTENSION_STUB)
+
+    def nvcc(self, folder, *, release="13.0", trial=(': > "$out"',)):
+        """An nvcc that knows 7.5, 8.0 and 9.0; its toolkit is said to be in /toolkit, wherever the script itself is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return script(
+            folder / "nvcc", 'case "$*" in', f"--version) echo 'Cuda compilation tools, release {release}';;",
+            "--list-gpu-code) echo sm_75; echo sm_80; echo sm_90;;",
+            "*--dryrun) echo '#$ TOP=/toolkit/bin/..'; echo '#$ INCLUDES=\"-I/toolkit/bin/../include\"'",
+            "echo '#$ LIBRARIES= \"-L/toolkit/bin/../lib/stubs\" \"-L/toolkit/bin/../lib\"';;",
+            '*) while [ "$1" != -o ]; do shift; done; out=$2', *trial, ";;", "esac")
+
+    def environment(self, **variables):
+        unset = dict.fromkeys(("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "ABBA_BUILD"), "")
+        stubs = {"PYTHONPATH": str(self.stubs), "PATH": str(self.bin), "CXX": "c++"}
+        return {**unset, "ABBA_CUDA": "auto", **stubs, **variables}
+
+    def asked(self, **variables):
+        """(what torch is asked to build, what is printed before)"""
+        done = setup(self.tree, **self.environment(**variables))
+        assert done.returncode == 0, done.stderr
+        printed, _, asked = done.stdout.partition("ASKED")
+        return json.loads(asked), printed
+
+    def failure(self, **variables):
+        return failure(self.tree, **self.environment(**variables))
+
+
+@pytest.fixture
+def build(tree, tmp_path):
+    return Build(tree, tmp_path)
+
+
+def macros(asked):
+    return {name: value and value.strip('"') for name, value in asked["define_macros"]}
+
+
+NO_NVCC = "there is no nvcc; install a CUDA toolkit, or name the folder of the one that is there in CUDA_HOME.\n"
+
+
+def assert_without_cuda(asked):
+    assert not [path for path in asked["sources"] if path.endswith(".cu")] and "nvcc" not in asked["extra_compile_args"]
+    assert "ABBA_WITH_CUDA" not in macros(asked) and asked["libraries"] == []
+    assert macros(asked)["ABBA_BUILD_CUDA"] == macros(asked)["ABBA_BUILD_NVCC"] == ""
+
+
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+@pytest.mark.parametrize("place", ["CUDA_HOME", "CUDA_PATH", "PATH", "default"])
+def test_nvcc_is_found_and_compiles_the_kernels(build, wanted, place, tmp_path):
+    folders = {"PATH": build.bin, "default": tmp_path / "default" / "bin"}
+    build.nvcc(folders.get(place, tmp_path / "cuda" / "bin"))
+    variables = {place: str(tmp_path / "cuda")} if place not in folders else {}
+    asked, printed = build.asked(ABBA_CUDA=wanted, **variables)
+    kernels = {str(path.relative_to(build.tree)) for path in (build.tree / "csrc" / "cuda").glob("*.cu")}
+    assert kernels and {path for path in asked["sources"] if path.endswith(".cu")} == kernels
+    assert not [path for path in asked["sources"] if "emulation" in path]
+    expected = {"ABBA_WITH_CUDA": None, "ABBA_BUILD_CUDA": "8.0;9.0+PTX", "ABBA_BUILD_NVCC": "13.0"}
+    assert macros(asked).items() >= expected.items()
+    assert asked["CUDA_HOME"] == "/toolkit" and "/toolkit/include" in asked["include_dirs"]
+    assert asked["libraries"] == ["cudart_static", "dl", "rt", "pthread"] and "/toolkit/lib" in asked["library_dirs"]
+    assert set(asked["extra_compile_args"]["nvcc"]) >= {
+        "-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden", "-ccbin=c++", "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"}
+    assert "WITHOUT" not in printed and "and nvcc 13.0 for 8.0 9.0+PTX" in printed
+
+
+def test_without_nvcc_the_build_is_for_the_cpu_and_says_so(build):
+    asked, printed = build.asked()
+    assert_without_cuda(asked)
+    assert f"abba_ext: building WITHOUT CUDA kernels: {NO_NVCC}" in printed
+
+
+def test_cuda_left_out_on_request(build):
+    build.nvcc(build.bin)
+    asked, printed = build.asked(ABBA_CUDA="0", TORCH_CUDA_ARCH_LIST="7.0")
+    assert_without_cuda(asked)
+    assert "WITHOUT" not in printed
+
+
+def test_cuda_demanded_without_nvcc(build):
+    assert build.failure(ABBA_CUDA="1") == f"abba_ext: ABBA_CUDA=1, but {NO_NVCC}"
+
+
+def test_unknown_value_of_abba_cuda(build):
+    assert build.failure(ABBA_CUDA="yes") == "abba_ext: ABBA_CUDA is 'yes'; give auto, 0 or 1.\n"
+
+
+@pytest.mark.parametrize("nvcc, torch_cuda, sentence", [
+    ({"release": "11.8"}, None,
+     "nvcc 11.8 (NVCC) cannot compile C++20; install CUDA 12 or newer, or name the folder of such a toolkit in "
+     "CUDA_HOME.\n"),
+    ({"release": "of nothing"}, None,
+     "'NVCC' is no working nvcc; install a CUDA toolkit, or name the folder of another one in CUDA_HOME.\n"),
+    ({"trial": ["echo 'unsupported GNU version' >&2", "exit 1"]}, None,
+     "nvcc 13.0 (NVCC) cannot compile and link with the C++ compiler 'c++'; name one that it supports in the variable "
+     "CXX, or the folder of another toolkit in CUDA_HOME. It said:\nunsupported GNU version\n"),
+    ({}, "12.8",
+     "nvcc 13.0 and torch 2.13.0, which is for CUDA 12.8, differ in their major version; name the folder of a toolkit "
+     "with torch's in CUDA_HOME, or install a torch for CUDA 13.\n"),
+], ids=["too old", "not an nvcc", "C++ compiler not supported", "not torch's major version"])
+def test_unusable_toolkit_is_an_error_only_if_demanded(build, nvcc, torch_cuda, sentence):
+    sentence = sentence.replace("NVCC", build.nvcc(build.bin, **nvcc))
+    build.torch(cuda=torch_cuda)
+    assert build.failure(ABBA_CUDA="1") == f"abba_ext: ABBA_CUDA=1, but {sentence}"
+    asked, printed = build.asked()
+    assert_without_cuda(asked)
+    assert f"abba_ext: building WITHOUT CUDA kernels: {sentence}" in printed
+
+
+def test_another_minor_version_than_torch_s_will_do(build):
+    build.nvcc(build.bin)
+    build.torch(cuda="13.2")
+    assert macros(build.asked(ABBA_CUDA="1")[0])["ABBA_BUILD_NVCC"] == "13.0"
+
+
+@pytest.mark.parametrize("names, sentence", [
+    ("7.5 8.0", "TORCH_CUDA_ARCH_LIST names 7.5, but the kernels need 8.0 (Ampere) or newer; leave it out, or build "
+                "without the kernels (ABBA_CUDA=0)."),
+    ("8.0;10.0+PTX", "TORCH_CUDA_ARCH_LIST names 10.0+PTX, but nvcc knows only 7.5 8.0 9.0; leave it out, or name the "
+                     "folder of another toolkit in CUDA_HOME."),
+    ("Ampere", "TORCH_CUDA_ARCH_LIST names 'Ampere'; give numbers, such as '8.0;9.0+PTX'."),
+    ("sm_80", "TORCH_CUDA_ARCH_LIST names 'sm_80'; give numbers, such as '8.0;9.0+PTX'."),
+], ids=["too old", "unknown to nvcc", "name", "another notation"])
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_architecture_that_cannot_be_had(build, wanted, names, sentence):
+    build.nvcc(build.bin)
+    assert build.failure(ABBA_CUDA=wanted, TORCH_CUDA_ARCH_LIST=names) == f"abba_ext: {sentence}\n"
+
+
+@pytest.mark.parametrize("names, devices, expected", [
+    ("8.0;9.0", [], "8.0;9.0"),
+    (" 9.0a+PTX, 8.0 8.0; ", [(9, 0)], "9.0a+PTX;8.0"),
+    ("", [(9, 0), (8, 0)], "8.0;9.0+PTX"),
+    ("native", [(8, 0), (7, 5)], "8.0+PTX"),
+    ("", [(8, 6)], "8.0+PTX"),
+    ("", [(12, 0)], "9.0+PTX"),
+], ids=["list", "separators and twice", "GPUs", "GPU too old beside another", "GPU between", "GPU newer than nvcc"])
+def test_architectures(build, names, devices, expected):
+    build.nvcc(build.bin)
+    build.torch(devices=devices)
+    assert macros(build.asked(TORCH_CUDA_ARCH_LIST=names)[0])["ABBA_BUILD_CUDA"] == expected
+
+
+def test_no_kernels_for_old_gpus_alone(build):
+    build.nvcc(build.bin)
+    build.torch(devices=[(7, 5)])
+    assert build.failure(ABBA_CUDA="1") == (
+        "abba_ext: ABBA_CUDA=1, but the kernels need a GPU of architecture 8.0 (Ampere) or newer, and none here is; "
+        "name the architectures of other machines in TORCH_CUDA_ARCH_LIST.\n")
+    assert_without_cuda(build.asked()[0])
+
+
+def test_default_architectures_are_those_that_nvcc_knows():
+    known = [(7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]
+    assert cuda_toolkit.default_architectures([], known) == ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+    assert cuda_toolkit.default_architectures([], known[:6]) == ["8.0", "8.6", "8.9", "9.0+PTX"]
+    with pytest.raises(cuda_toolkit.Unusable, match="knows no architecture"):
+        cuda_toolkit.default_architectures([], known[:1])
+
+
+def test_gencode_flags():
+    assert cuda_toolkit.gencode_flags(["8.0", "9.0a+PTX", "12.0"]) == [
+        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a", "-gencode=arch=compute_120,code=sm_120"]
+
+
+@pytest.mark.parametrize("max_jobs, expected", [("1", 1), ("6", 2), ("64", 4)])
+def test_threads_of_nvcc_follow_max_jobs(monkeypatch, max_jobs, expected):
+    monkeypatch.setenv("MAX_JOBS", max_jobs)
+    assert cuda_toolkit.threads(3) == expected
 
 
 # --- the backend: the torch of the target, or a requirement ---
@@ -240,3 +451,11 @@ def test_build_info_names_a_supported_torch():
     info = ops.build_info()
     assert tuple(int(part) for part in info["torch"].split(".")[:2]) >= (2, 11)
     assert info["compiler"] and "-std=c++20" in info["flags"]
+
+
+def test_build_info_names_nvcc_and_architectures_or_neither():
+    info = ops.build_info()
+    assert bool(info["cuda"]) == bool(info["nvcc"])
+    for architecture in filter(None, info["cuda"].split(";")):
+        major, minor = architecture.removesuffix("+PTX").rstrip("af").split(".")
+        assert (int(major), int(minor)) >= (8, 0)
