@@ -126,10 +126,9 @@ MUTATIONS = {
         _GRAD, "        over_b.x += __shfl_xor_sync(", "        if (lane != 5) over_b.x += __shfl_xor_sync(", "factor_grad",
         "diverge|deadlock"),
     "rows past the end are not masked": (
-        _TILE, "const int count = row + r < num_rows ? span.count : 0;", "const int count = span.count;", "project", "bounds|outside"),
+        _TILE, "const int count = r < rows ? span.count : 0;", "const int count = span.count;", "project", "bounds|outside"),
     "the tail of a row is not zeroed": (
-        _TILE, "      cp_async_16(smem_address(s_tile) + offset, source, 2 * count);",
-        "      if (count) cp_async_16(smem_address(s_tile) + offset, source, 2 * count);", "project", "uninit"),
+        _TILE, "      cp_async_16(s_address", "      if (count) cp_async_16(s_address", "project", "uninit"),
 }
 
 

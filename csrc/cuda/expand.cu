@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) expand_kernel(co
                                 unsigned char* s_tile, auto offset) {
     #pragma unroll 1
     for (int first = 0; first < count; first += kRanksAtOnce) {
-      FactorTile<T, kRanksAtOnce, C::kBlockFeatures, C::kThreads, C::kRanksInner> values;
-      values.load(f, fp32, rank + first, num_ranks, feature, num_features);
+      FactorTile<T, kRanksAtOnce, C::kBlockFeatures, C::kThreads, C::kRanksInner> values(f, fp32, rank + first, num_ranks, feature);
+      values.load(num_features - feature);
       values.store(s_tile, scale, [&](int r, int d) { return offset(first + r, d); });
     }
   };

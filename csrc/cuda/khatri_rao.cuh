@@ -110,7 +110,22 @@ struct FactorTile {
   static constexpr int kElements = kRanks * kFeatures, kPerThread = (kElements + kThreads - 1) / kThreads;
   static constexpr int kInner = kRanksInner ? kRanks : kFeatures, kOuterStep = kThreads / kInner;
   static_assert(kThreads % kInner == 0);
+
+  const char* source;    // this thread's first element
+  int64_t step;          // bytes from one of its elements to the next
+  int ranks_left;        // that exist from the tile's first on
+  bool fp32;
   float values[kPerThread];
+
+  ABBA_DEVICE FactorTile(const Factor& f, bool fp32, int rank, int num_ranks, int64_t feature)
+      : ranks_left(num_ranks - rank), fp32(fp32) {
+    const int inner = static_cast<int>(threadIdx.x) % kInner, outer = static_cast<int>(threadIdx.x) / kInner;
+    const int element_bytes = fp32 ? 4 : 2;
+    source = static_cast<const char*>(f.data) +
+             ((rank + (kRanksInner ? inner : outer)) * f.rank_stride + (feature + (kRanksInner ? outer : inner)) * f.feature_stride) *
+                 element_bytes;
+    step = kOuterStep * (kRanksInner ? f.feature_stride : f.rank_stride) * element_bytes;
+  }
 
   // body(j, rank, feature) for this thread's elements
   template <typename Body>
@@ -124,32 +139,19 @@ struct FactorTile {
     }
   }
 
-  template <typename Element>
-  ABBA_DEVICE void load_from(const Element* corner, const Factor& f, int ranks_left, int64_t features_left) {
+  ABBA_DEVICE void load(int64_t features_left) {
     const int features = features_left < kFeatures ? static_cast<int>(features_left) : kFeatures;
-    const int inner = static_cast<int>(threadIdx.x) % kInner, outer = static_cast<int>(threadIdx.x) / kInner;
-    const int64_t inner_stride = kRanksInner ? f.rank_stride : f.feature_stride;
-    const int64_t outer_stride = kRanksInner ? f.feature_stride : f.rank_stride;
-    const Element* at = corner + inner * inner_stride + outer * outer_stride;
-    const int64_t step = kOuterStep * outer_stride;
-    for_each([&](int j, int r, int d) {
-      Element value{};
-      if (r < ranks_left && d < features) value = *at;
-      at += step;
-      if constexpr (std::is_same_v<Element, float>) {
-        values[j] = value;
-      } else {
-        values[j] = to_float(value);
-      }
-    });
-  }
-
-  ABBA_DEVICE void load(const Factor& f, bool fp32, int rank, int num_ranks, int64_t feature, int64_t num_features) {
-    const int64_t at = rank * f.rank_stride + feature * f.feature_stride;
+    const char* at = source;
     if (fp32) {
-      load_from(static_cast<const float*>(f.data) + at, f, num_ranks - rank, num_features - feature);
+      for_each([&](int j, int r, int d) {
+        values[j] = r < ranks_left && d < features ? *reinterpret_cast<const float*>(at) : 0.f;
+        at += step;
+      });
     } else {
-      load_from(static_cast<const T*>(f.data) + at, f, num_ranks - rank, num_features - feature);
+      for_each([&](int j, int r, int d) {
+        values[j] = r < ranks_left && d < features ? to_float(*reinterpret_cast<const T*>(at)) : 0.f;
+        at += step;
+      });
     }
   }
 

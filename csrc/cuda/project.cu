@@ -1,8 +1,8 @@
 // project: u[T, R] = x[T, D] KR(f1, f2)ᵀ, for bf16 and fp16 x; called in forward with x and A, in backward with dy and Bᵀ.
 //
-// project_kernel: a block makes a tile of 64 tokens by 64 or 256 columns (a, b), a warp 16 or 32 by 64 of them, in steps of
+// project_kernel: a block makes a tile of 64 tokens by 64 or 256 columns (a, b), a warp 16 to 64 by 64 of them, in steps of
 // 64 features. x arrives through a cp.async pipeline; the factors pass through registers, one step ahead, and are rounded
-// on the way. Grid: (token tiles, column tiles). At most 57 KB of shared memory. Accumulation in fp32, one rounding.
+// on the way. Grid: (token tiles, column tiles). At most 50 KB of shared memory. Accumulation in fp32, one rounding.
 // small_project_kernel: for T <= 64 a block makes 8 columns of all tokens; its 16 warps share out the features, fragments
 // come straight from global memory, and the warps' sums are added in a fixed order. One launch, no workspace.
 #include "../dispatch.h"
@@ -18,11 +18,10 @@ struct ProjectConfig {
   using T = T_;
   static constexpr int kRank2 = kRank2_;
   static constexpr bool kRanksInner = kRanksInner_;       // f2 lies as [D, r2]
-  static constexpr int kWarpsM = kWide ? 2 : 4, kWarpsN = kWide ? 4 : 1;
-  static constexpr int kTilesM = kWide ? 2 : 1;           // m16 tiles of a warp
+  static constexpr int kTilesM = !kWide ? 1 : kRank2 == 64 ? 2 : 4;  // m16 tiles of a warp, as the registers allow
+  static constexpr int kWarpsM = 4 / kTilesM, kWarpsN = kWide ? 4 : 1;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  // What the registers allow; float16 needs a few more for its scales.
-  static constexpr int kBlocksPerSm = kWide && kRank2 < 64 && std::is_same_v<T, __nv_bfloat16> ? 2 : 1;
+  static constexpr int kBlocksPerSm = 256 / kThreads;  // at up to 255 registers
   static constexpr int kBlockTokens = 16 * kTilesM * kWarpsM;
   static constexpr int kWarpColumns = 64;
   static constexpr int kBlockFeatures = 64;               // a row of the x tile is 128 bytes
@@ -65,12 +64,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) project_kernel(c
           FeatureColumns{static_cast<int64_t>(step) * C::kBlockFeatures, num_features}, x_aligned);
     cp_async_commit();  // an empty group past the end keeps the count
   };
-  FactorTile<T, C::kBlockRanks1, C::kBlockFeatures, C::kThreads, C::kRanksInner> r_f1;
-  FactorTile<T, C::kRank2, C::kBlockFeatures, C::kThreads, C::kRanksInner> r_f2;
-  const auto load_factors = [&](int step) {
-    const int64_t feature = static_cast<int64_t>(step) * C::kBlockFeatures;
-    r_f1.load(p.factors.f1, fp32, a0, p.factors.r1, feature, num_features);
-    r_f2.load(p.factors.f2, fp32, 0, p.factors.r2, feature, num_features);
+  FactorTile<T, C::kBlockRanks1, C::kBlockFeatures, C::kThreads, C::kRanksInner> r_f1(p.factors.f1, fp32, a0, p.factors.r1, 0);
+  FactorTile<T, C::kRank2, C::kBlockFeatures, C::kThreads, C::kRanksInner> r_f2(p.factors.f2, fp32, 0, p.factors.r2, 0);
+  const int64_t f1_step = p.factors.f1.feature_stride * C::kBlockFeatures * (fp32 ? 4 : 2);  // bytes
+  const int64_t f2_step = p.factors.f2.feature_stride * C::kBlockFeatures * (fp32 ? 4 : 2);
+  const auto load_factors = [&](int step) {  // steps in their order
+    const int64_t features_left = num_features - static_cast<int64_t>(step) * C::kBlockFeatures;
+    r_f1.load(features_left), r_f1.source += f1_step;
+    r_f2.load(features_left), r_f2.source += f2_step;
   };
   const auto store_factors = [&](int step) {
     r_f1.store(smem + C::kF1At + step % 2 * C::kF1Bytes, scales.f1, C::F1::offset);

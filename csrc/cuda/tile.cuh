@@ -57,56 +57,77 @@ ABBA_DEVICE bool rows_aligned(const void* g, int64_t stride) {
   return reinterpret_cast<uintptr_t>(g) % 16 == 0 && stride % kChunk == 0;
 }
 
-// body(row, chunk, byte offset) for this thread's chunks of a tile
-template <int kRows, int kColumns, int kThreads, typename Body>
-ABBA_DEVICE void for_each_chunk(Body body) {
-  using Layout = Tile<kColumns>;
-  static_assert(kRows * Layout::kChunks % kThreads == 0);
-  #pragma unroll 4
-  for (int i = 0; i < kRows * Layout::kChunks / kThreads; ++i) {
-    const int index = i * kThreads + static_cast<int>(threadIdx.x);
-    const int r = index / Layout::kChunks, chunk = index % Layout::kChunks;
-    body(r, chunk, Layout::chunk_offset(r, chunk));
+// This thread's chunks of a tile: they lie in one chunk column, kRowStep rows apart.
+template <int kRows, int kColumns, int kThreads>
+struct ThreadChunks {
+  static constexpr int kChunks = Tile<kColumns>::kChunks, kRowStep = kThreads / kChunks, kCount = kRows / kRowStep;
+  static_assert(kThreads % kChunks == 0 && kRows % kRowStep == 0);
+
+  template <typename Body>
+  ABBA_DEVICE static void for_each(Body body) {  // body(row)
+    #pragma unroll
+    for (int i = 0; i < kCount; ++i) body(first_row() + i * kRowStep);
   }
-}
+  ABBA_DEVICE static int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
+  ABBA_DEVICE static int first_row() { return static_cast<int>(threadIdx.x) / kChunks; }
+};
 
 // Starts copying kRows rows from `row` of g [num_rows, .]; rows and columns outside become zero. Ends with cp_async_wait.
 template <int kRows, int kColumns, int kThreads, typename T, typename Columns>
 ABBA_DEVICE void load_tile(unsigned char* s_tile, const T* g, int64_t stride, int64_t row, int64_t num_rows,
                            const Columns& columns, bool aligned) {
-  for_each_chunk<kRows, kColumns, kThreads>([&](int r, int chunk, uint32_t offset) {
-    const Span span = columns(chunk);
-    const int count = row + r < num_rows ? span.count : 0;
-    const T* source = count ? g + (row + r) * stride + span.column : g;
-    if (aligned) {
-      cp_async_16(smem_address(s_tile) + offset, source, 2 * count);
-    } else {
+  using Chunks = ThreadChunks<kRows, kColumns, kThreads>;
+  const int chunk = Chunks::chunk();
+  const Span span = columns(chunk);
+  const int rows = num_rows - row < kRows ? static_cast<int>(num_rows - row) : kRows;
+  const T* source = g + (row + Chunks::first_row()) * stride + span.column;
+  const int64_t step = Chunks::kRowStep * stride;
+  if (aligned) {
+    const uint32_t s_address = smem_address(s_tile);
+    Chunks::for_each([&](int r) {
+      const int count = r < rows ? span.count : 0;
+      cp_async_16(s_address + Tile<kColumns>::chunk_offset(r, chunk), count ? source : g, 2 * count);
+      source += step;
+    });
+  } else {
+    #pragma unroll 1
+    for (int r = Chunks::first_row(); r < kRows; r += Chunks::kRowStep) {
+      T* s_chunk = reinterpret_cast<T*>(s_tile + Tile<kColumns>::chunk_offset(r, chunk));
       #pragma unroll 1
       for (int e = 0; e < kChunk; ++e) {
-        const T value = e < count ? source[e] : T(0.f);
-        reinterpret_cast<T*>(s_tile + offset)[e] = value;
+        const T value = r < rows && e < span.count ? source[e] : T(0.f);
+        s_chunk[e] = value;
       }
+      source += step;
     }
-  });
+  }
 }
 
 // The way back, for what lies inside.
 template <int kRows, int kColumns, int kThreads, typename T, typename Columns>
 ABBA_DEVICE void store_tile(T* g, int64_t stride, int64_t row, int64_t num_rows, const Columns& columns, bool aligned,
                             const unsigned char* s_tile) {
-  for_each_chunk<kRows, kColumns, kThreads>([&](int r, int chunk, uint32_t offset) {
-    const Span span = columns(chunk);
-    if (row + r >= num_rows || span.count == 0) return;
-    T* target = g + (row + r) * stride + span.column;
-    const unsigned char* s_chunk = s_tile + offset;
-    if (aligned && span.count == kChunk) {
-      const uint4 whole = *reinterpret_cast<const uint4*>(s_chunk);
-      *reinterpret_cast<uint4*>(target) = whole;
-    } else {
+  using Chunks = ThreadChunks<kRows, kColumns, kThreads>;
+  const int chunk = Chunks::chunk();
+  const Span span = columns(chunk);
+  const int rows = num_rows - row < kRows ? static_cast<int>(num_rows - row) : kRows;
+  T* target = g + (row + Chunks::first_row()) * stride + span.column;
+  const int64_t step = Chunks::kRowStep * stride;
+  if (aligned && span.count == kChunk) {
+    Chunks::for_each([&](int r) {
+      const uint4 whole = *reinterpret_cast<const uint4*>(s_tile + Tile<kColumns>::chunk_offset(r, chunk));
+      if (r < rows) *reinterpret_cast<uint4*>(target) = whole;
+      target += step;
+    });
+  } else {
+    #pragma unroll 1
+    for (int r = Chunks::first_row(); r < rows; r += Chunks::kRowStep) {
+      const T* s_chunk = reinterpret_cast<const T*>(s_tile + Tile<kColumns>::chunk_offset(r, chunk));
       #pragma unroll 1
-      for (int e = 0; e < span.count; ++e) target[e] = reinterpret_cast<const T*>(s_chunk)[e];
+      for (int e = 0; e < span.count; ++e) target[e] = s_chunk[e];
+      target += step;
     }
-  });
+  }
 }
 
 // --- operand fragments of mma.m16n8k16; `m`, `n` and `k` count from the tile's corner and are multiples of 8 ---
