@@ -1,21 +1,26 @@
 # make demo    fine-tunes a real model on real data, in a fresh virtual environment; results in demo_output/
 # make test    runs the test suite, in a fresh virtual environment
 # make bench   times one layer against its alternatives, with the Python at hand
+# make gpu-check OUT=dir   everything that needs a GPU, in ten minutes and without a network, with the Python at hand:
+#              build, tests, compute-sanitizer, benchmarks. WHEELS=folder for packages that are missing
 # make clean   removes what these and a build leave behind
 #
-# PYTHON, PYTEST_ARGS, DEMO_ARGS and BENCH_ARGS can be given: make demo PYTHON=python3.12 DEMO_ARGS="--steps 50"
+# PYTHON, PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS and GPU_CHECK_ARGS can be given: make demo PYTHON=python3.12 DEMO_ARGS="--steps 50"
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?= --device cpu --quick
+OUT ?= gpu_check_output
+WHEELS ?=
+GPU_CHECK_ARGS ?=
 
 # Read by every pip below, and by the isolated build that pip starts. torch goes in first: the build uses that one.
 export PIP_CONSTRAINT := build_support/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL = bin/python -m pip install --quiet
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench gpu-check clean
 
 demo:
 	$(PYTHON) -m venv --clear .venv-demo
@@ -33,7 +38,10 @@ test:
 bench:
 	$(PYTHON) benchmarks/bench_layer.py $(BENCH_ARGS)
 
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)") $(GPU_CHECK_ARGS)
+
 clean:
-	rm -rf .venv-demo .venv-test demo_output build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv-demo .venv-test demo_output gpu_check_output build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find abba_ext benchmarks examples tests build_support -name __pycache__ -prune -exec rm -rf {} +
 	rm -f abba_ext/*.so

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from harness import TOLERANCE, relative_error
 from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -25,9 +26,6 @@ except ImportError:  # peft < 0.21
     HiraConfig = None
 
 SCALE = 0.5
-
-# Largest relative Frobenius error against the fp64 definition.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass
@@ -272,11 +270,6 @@ METHODS = {
 
 
 # --- equality of a method and its definition ---
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖ (Frobenius), computed in want's dtype."""
-    return ((got.to(want.dtype) - want).norm() / want.norm()).item()
 
 
 def errors(layer: Layer, problem: Problem) -> tuple[float, float]:

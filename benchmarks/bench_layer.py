@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 from baselines import METHODS, Problem, make_problem, verify
-from harness import MODES, Step, device_name, metadata, peak_memory, slug, time_interleaved, write_csv, write_json
-from shapes import DTYPES, GRIDS, Case, Grid
+from harness import (MODES, Step, device_name, metadata, peak_memory, slug, table, time_interleaved, write_csv,
+                     write_json)
+from shapes import DTYPES, Case, Grid, default_grid, parse_shape
 from tqdm import tqdm
 
 DEFAULT_METHODS = ("base", "lora_peft", "lora_inplace", "loha_peft", "abba_eager", "abba_ext")
@@ -26,20 +27,11 @@ _DTYPE_COST = {"fp64": 2.0, "fp32": 1.0, "bf16": 0.4, "fp16": 0.4}
 _CASE_FLOPS = 2e8
 
 
-def parse_shape(text: str) -> tuple[int, int]:
-    """"768x3072" → (in_features, out_features)."""
-    try:
-        n, m = map(int, text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a shape is INxOUT, e.g. 768x3072, got {text!r}") from None
-    return n, m
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; None reads sys.argv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="a small grid, about two minutes on 2 CPU cores")
+    parser.add_argument("--quick", action="store_true", help="a small grid, about two minutes on 2 CPU cores or a GPU")
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="INxOUT")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="T")
     parser.add_argument("--ranks", nargs="+", type=int, metavar="R", help="LoRA's r; ABBA and LoHa have r/2 + r/2")
@@ -52,7 +44,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device-name>")
     options = parser.parse_args(arguments)
-    default = GRIDS["quick" if options.quick else torch.device(options.device).type]
+    default = default_grid(torch.device(options.device).type, options.quick)
     options.grid = Grid(*(tuple(given) if given else value for given, value in
                           zip((options.shapes, options.tokens, options.ranks, options.dtypes), default)))
     options.methods = options.methods or (QUICK_METHODS if options.quick else DEFAULT_METHODS)
@@ -99,11 +91,6 @@ def _rotation(problem: Problem, device: torch.device) -> list[tuple[torch.Tensor
 # --- the printed summary ---
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])
-
-
 def summary(rows: list[dict], methods: tuple[str, ...]) -> str:
     """Three tables: times and ratios, peak memory beyond parameters and inputs, and errors against fp64."""
     cases: dict[tuple, dict[str, dict]] = {}
@@ -126,10 +113,10 @@ def summary(rows: list[dict], methods: tuple[str, ...]) -> str:
     plan = ["plan"] if "abba_ext" in methods else []
     return "\n\n".join([
         f"Time of a {mode}, ms (median); ratios of abba_ext: of the medians (of the minima)\n"
-        + _table(head + list(methods) + [f"/{name}" for name in references] + plan, times),
-        "Peak memory of a training step beyond parameters and inputs, MiB\n" + _table(head + list(methods), memory),
+        + table(head + list(methods) + [f"/{name}" for name in references] + plan, times),
+        "Peak memory of a training step beyond parameters and inputs, MiB\n" + table(head + list(methods), memory),
         "Relative error against the dense definition in fp64: output/largest of the gradients\n"
-        + _table(head + list(methods), accuracy)])
+        + table(head + list(methods), accuracy)])
 
 
 def main(arguments: list[str] | None = None) -> int:

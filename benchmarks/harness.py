@@ -27,6 +27,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two 
 
 MODES = ("full", "forward", "backward")
 
+# Largest relative Frobenius error against a definition in fp64.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖ (Frobenius), computed in want's dtype."""
+    return ((got.to(want.dtype) - want).norm() / want.norm()).item()
+
 
 class Step:
     """One training step of a layer: y = forward(x), then the gradients of x and the parameters for a given dy.
@@ -131,15 +139,20 @@ class _CpuClock:
 
 
 class _CudaClock:
-    def __init__(self, device: torch.device):
+    """With launch_ahead the run is launched while the cache is still being flushed: launches are not in its time."""
+
+    def __init__(self, device: torch.device, launch_ahead: bool):
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
+        self.launch_ahead = launch_ahead
+        self.flush = torch.empty((16 if launch_ahead else 2) * l2_bytes, dtype=torch.uint8, device=device)
         self.begin, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def time(self, step: Step) -> Run:
         step.prepare()
-        self.flush.zero_()  # evicts the L2 cache
         torch.cuda.synchronize()
+        self.flush.zero_()  # evicts the L2 cache
+        if not self.launch_ahead:
+            torch.cuda.synchronize()
         self.begin.record()
         kept = step.run()
         self.end.record()
@@ -149,7 +162,8 @@ class _CudaClock:
 
 
 def time_interleaved(steps: dict[str, Step], seconds: float, device: torch.device, *, warmup: int = 2,
-                     min_rounds: int = 6, max_rounds: int = 1000, seed: int = 0) -> dict[str, Timing]:
+                     min_rounds: int = 6, max_rounds: int = 1000, seed: int = 0,
+                     launch_ahead: bool = False) -> dict[str, Timing]:
     """Times every step once per round until the time is spent.
 
     Args:
@@ -160,8 +174,10 @@ def time_interleaved(steps: dict[str, Step], seconds: float, device: torch.devic
         min_rounds: Rounds at least.
         max_rounds: Rounds at most.
         seed: Of the order within the rounds.
+        launch_ahead: On a GPU leave out the time that launches take: for single operators, which inside a network run
+            behind other work. More than about 200 µs of launches still show.
     """
-    clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
+    clock = _CudaClock(device, launch_ahead) if device.type == "cuda" else _CpuClock()
     for step in steps.values():
         for _ in range(warmup):
             clock.time(step)
@@ -291,3 +307,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a dictionary, indented."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns of right-aligned text."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])

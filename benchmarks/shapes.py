@@ -2,6 +2,7 @@
 
 A rank is a parameter budget: LoRA of rank r and ABBA with r1 = r2 = r/2 both train r·(m + n) parameters.
 """
+import argparse
 from itertools import product
 from typing import NamedTuple
 
@@ -49,4 +50,19 @@ GRIDS = {
                 ("fp32", "bf16")),
     "cuda": Grid(((4096, 4096), (4096, 14336), (14336, 4096), (2048, 2048), (2048, 8192)),
                  (1, 16, 64, 512, 2048, 4096, 8192, 16384), (16, 32, 64), ("bf16",)),
+    "cuda_quick": Grid(((4096, 4096), (4096, 14336), (2048, 8192)), (16, 512, 8192), (32,), ("bf16",)),
 }
+
+
+def default_grid(device_type: str, quick: bool) -> Grid:
+    """The grid where the command line gives none."""
+    return GRIDS[{"cpu": "quick", "cuda": "cuda_quick"}[device_type] if quick else device_type]
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """"768x3072" → (in_features, out_features)."""
+    try:
+        n, m = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a shape is INxOUT, e.g. 768x3072, got {text!r}") from None
+    return n, m
