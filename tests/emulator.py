@@ -92,8 +92,7 @@ def unavailable() -> str:
     """Why nothing can be emulated here, or an empty string."""
     try:
         cuda_includes()
-        import pybind11  # noqa: F401
-    except (Unavailable, ImportError) as reason:
+    except Unavailable as reason:
         return str(reason)
     return "" if shutil.which(CXX) else f"no C++ compiler '{CXX}' to emulate kernels with"
 
