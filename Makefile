@@ -8,7 +8,7 @@
 # PYTHON, PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS and GPU_CHECK_ARGS can be given: make demo PYTHON=python3.12 DEMO_ARGS="--steps 50"
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 DEMO_ARGS ?=
 BENCH_ARGS ?= --device cpu --quick
 OUT ?= gpu_check_output
