@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bases import features, refusal, stack_shape, weight_device
 from .config import AbbaConfig
-from .layers import FACTORS, features, refusal
-from .patching import _STATE, abba_layers, apply_patch, is_patched, patch_of
+from .layers import FACTORS
+from .patching import _STATE, abba_layers, apply_patch, find_layer, is_patched, patch_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -58,7 +59,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": _base_model_name(model),
         "config": patch.config.to_dict(),
-        "layers": {name: {"r1": layer.abba_A1.size(0), "r2": layer.abba_A2.size(0), "scale": layer.abba_scale}
+        "layers": {name: {"r1": layer.abba_A1.size(-2), "r2": layer.abba_A2.size(-2), "scale": layer.abba_scale}
                    for name, layer in abba_layers(model).items()},
         "trained_base_parameters": list(patch.originals),
     }
@@ -87,9 +88,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     if name and base_name and os.path.basename(name.rstrip("/")) != os.path.basename(base_name.rstrip("/")):
         warnings.warn(f"the adapter was trained on {base_name!r} and is loaded into {name!r}", stacklevel=2)
     if not is_patched(model):
-        factors = {layer: {key: state[f"{layer}.{key}"].to(model.get_submodule(layer).weight.device) for key in FACTORS}
-                   for layer in layers}
-        apply_patch(model, config, factors, {layer: entry["scale"] for layer, entry in layers.items()}, trained)
+        targets = {layer: find_layer(model, layer) for layer in layers}
+        factors = {layer: {key: state[f"{layer}.{key}"].to(weight_device(target)) for key in FACTORS}
+                   for layer, target in targets.items()}
+        apply_patch(model, config, targets, factors, {layer: entry["scale"] for layer, entry in layers.items()}, trained)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for key, tensor in state.items():
@@ -136,7 +138,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
 
 def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], state: dict[str, Tensor]) -> None:
     """Everything that could fail, before anything changes."""
-    modules = dict(model.named_modules())
+    modules = {name: find_layer(model, name) for name in layers}
     patched = set(abba_layers(model))
     problems = []
     if patched and not hasattr(model, _STATE):
@@ -149,7 +151,7 @@ def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], 
         problems += [f"{name!r} is merged; unmerge it first" for name in sorted(patched & set(layers)) if modules[name].abba_merged]
     shapes: dict[str, tuple] = {}
     for name, entry in layers.items():
-        module = modules.get(name)
+        module = modules[name]
         if module is None:
             problems.append(f"the model has no layer {name!r}")
             continue
@@ -158,10 +160,11 @@ def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], 
             problems.append(f"{name!r} {reason}")
             continue
         (n, m), r1, r2 = features(module), entry["r1"], entry["r2"]
-        if name in patched and (module.abba_A1.size(0), module.abba_A2.size(0)) != (r1, r2):
-            problems.append(f"{name!r} has ranks ({module.abba_A1.size(0)}, {module.abba_A2.size(0)}) in the model, ({r1}, {r2}) "
-                            "in the file")
-        shapes |= {f"{name}.{key}": shape for key, shape in zip(FACTORS, ((r1, n), (m, r1), (r2, n), (m, r2)))}
+        ranks = (module.abba_A1.size(-2), module.abba_A2.size(-2)) if name in patched else (r1, r2)
+        if ranks != (r1, r2):
+            problems.append(f"{name!r} has ranks {ranks} in the model, ({r1}, {r2}) in the file")
+        shapes |= {f"{name}.{key}": (*stack_shape(module), *shape)
+                   for key, shape in zip(FACTORS, ((r1, n), (m, r1), (r2, n), (m, r2)), strict=True)}
     parameters = dict(model.named_parameters())
     for name in trained:
         if name in parameters:

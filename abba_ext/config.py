@@ -47,7 +47,10 @@ class AbbaConfig:
         target_modules: None adapts every linear layer of the model's repeated blocks (attention and MLP projections; all
             linear layers if there are no blocks). A list holds exact names or dotted suffixes ("q_proj",
             "layers.3.mlp.up_proj"). A string is a regular expression for the full name, or "all-linear": every linear
-            layer but the output head.
+            layer but the output head. Embeddings and convolutions are adapted only where they are named.
+        target_parameters: Parameters [m, n] or [experts, m, n] that a module holds directly, as exact names or dotted
+            suffixes ("experts.gate_up_proj"): the stacked experts of a mixture of experts, one update per expert. Beside
+            target_modules; with target_modules=[] nothing else is adapted.
         exclude_modules: List or regular expression of modules to leave out.
         layers_to_transform: Indices of the repeated blocks to adapt; None for all.
         rank_pattern: Name, suffix or regular expression → total rank, or (r1, r2), of the layers it fits.
@@ -72,6 +75,7 @@ class AbbaConfig:
     init: str = "svd"
     dropout: float = 0.0
     target_modules: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     rank_pattern: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
@@ -116,6 +120,7 @@ class AbbaConfig:
                     _check_regex(name, getattr(self, name))
             else:
                 _check_strings(name, getattr(self, name))
+        _check_strings("target_parameters", self.target_parameters)
         _check_strings("modules_to_save", self.modules_to_save)
         if self.layers_to_transform is not None:
             for index in self.layers_to_transform:

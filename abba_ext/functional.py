@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from . import ops
 
-__all__ = ["KernelPlan", "abba_linear", "abba_update", "kernel_plan"]
+__all__ = ["KernelPlan", "abba_linear", "abba_update", "delta_weight", "kernel_plan"]
 
 Plan = Literal["auto", "khatri_rao", "dense"]
 
@@ -157,6 +157,45 @@ def abba_update(base_output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tens
     return _AbbaLinear.apply(x, base_output, None, None, a1, b1, a2, b2, float(scale), recompute_u, "khatri_rao")
 
 
+def delta_weight(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float) -> Tensor:
+    """The dense ΔW = s·(B1 A1) ⊙ (B2 A2), differentiable, for bases that need a weight: convolutions and stacked experts.
+
+    Args:
+        a1: A1 [..., r1, n].
+        b1: B1 [..., m, r1].
+        a2: A2 [..., r2, n].
+        b2: B2 [..., m, r2].
+        scale: s.
+
+    Returns:
+        [..., m, n] in fp32 (fp64 for fp64 factors). Only the factors are saved for backward.
+    """
+    return _DeltaWeight.apply(a1, b1, a2, b2, float(scale))
+
+
+class _DeltaWeight(torch.autograd.Function):
+    """With P_i = B_i A_i and G = s·dΔW: dB1 = (G ⊙ P2) A1ᵀ, dA1 = B1ᵀ (G ⊙ P2), and likewise for the other pair."""
+
+    @staticmethod
+    def forward(ctx, a1, b1, a2, b2, scale):
+        ctx.save_for_backward(a1, b1, a2, b2)
+        ctx.scale = scale
+        with torch.autocast(a1.device.type, enabled=False):
+            a1, b1, a2, b2 = _wide(a1, b1, a2, b2)
+            return (b1 @ a1).mul_(b2 @ a2).mul_(scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            a1, b1, a2, b2 = _wide(*saved)
+            grad = grad * ctx.scale
+            grad1, grad2 = grad * (b2 @ a2), grad * (b1 @ a1)
+            grads = (b1.mT @ grad1, grad1 @ a1.mT, b2.mT @ grad2, grad2 @ a2.mT)
+        return (*(grad.to(factor.dtype) for grad, factor in zip(grads, saved, strict=True)), None)
+
+
 class _AbbaLinear(torch.autograd.Function):
     """u = project(x; A), y = base + expand(u; Bᵀ); backward: v = project(dy; Bᵀ), dx = base + expand(v; A),
     dA = factor_grad(x, v; A), dBᵀ = factor_grad(dy, u; Bᵀ). The base is x W0ᵀ + bias, or a given output."""
@@ -227,6 +266,10 @@ def _add_expanded(base, u, f1, f2, scale):
 
 def _dense_factors(dtype: torch.dtype, *factors: Tensor) -> list[Tensor]:
     return [factor.to(dtype).contiguous() for factor in factors]
+
+
+def _wide(*factors: Tensor) -> list[Tensor]:
+    return [factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors]
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -1,28 +1,30 @@
-"""ABBA layers: a linear layer that keeps its own weight, bias and names, and gains four trainable factors.
+"""ABBA layers: a layer that keeps its own weight, bias and names, and gains four trainable factors.
 
 An adapted layer is the *same module object* with its class changed to a subclass (as FSDP2 and parametrizations do), so
 parameter names, shared modules and hooks stay as they were, and detaching restores the original class.
 """
 import functools
 import hashlib
-import sys
+import math
 import types
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from . import reference
+from . import bases, reference
 from .config import AbbaConfig
-from .functional import abba_linear, abba_update
+from .functional import abba_linear, delta_weight
 
 FACTORS = ("abba_A1", "abba_B1", "abba_A2", "abba_B2")
+ADAPTED_PARAMETER = "abba_"  # + the parameter's name: the child that holds the factors of a parameter
 
 
 class AbbaLayer:
-    """Mixin that adds ΔW = s·(B1 A1) ⊙ (B2 A2) to a linear layer; see :class:`AbbaLinear`.
+    """Mixin that adds ΔW = s·(B1 A1) ⊙ (B2 A2) to the weight of a layer; see :class:`AbbaLinear`.
 
-    Parameters it adds: abba_A1 [r1, n], abba_B1 [m, r1], abba_A2 [r2, n], abba_B2 [m, r2].
+    Parameters it adds: abba_A1 [r1, n], abba_B1 [m, r1], abba_A2 [r2, n], abba_B2 [m, r2], for the weight as a matrix
+    W0 [m, n] (see :func:`abba_ext.bases.features`); stacked experts have an E in front.
 
     Attributes:
         abba_scale: s.
@@ -37,34 +39,30 @@ class AbbaLayer:
     abba_B2: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x W0ᵀ + bias + s·x ((B1 A1) ⊙ (B2 A2))ᵀ: x [..., n] → y [..., m]."""
+        """The base layer's output with W0 + ΔW for W0; for a linear layer x [..., n] → y [..., m]."""
         if self.abba_merged or not self.abba_enabled:
             return super().forward(x)
         factors = (self.abba_A1, self.abba_B1, self.abba_A2, self.abba_B2)
-        if self.training and self.abba_dropout > 0:
+        if self.training and self.abba_dropout > 0 and x.is_floating_point():  # ids of an embedding stay
             dropped = dropout(x, self.abba_dropout)
         elif self.abba_fused:
-            return abba_linear(x, self.abba_matrix(), self.bias, *factors, self.abba_scale,
+            return abba_linear(x, bases.weight_matrix(self), self.bias, *factors, self.abba_scale,
                                recompute_u=self.abba_recompute_u, plan=self.abba_plan)
         else:
             dropped = x
-        return abba_update(super().forward(x), dropped, *factors, self.abba_scale, recompute_u=self.abba_recompute_u)
-
-    def abba_matrix(self) -> Tensor:
-        """W0 as [m, n]; transformers' Conv1D keeps it transposed."""
-        return self.weight.t() if is_conv1d(self) else self.weight
+        return bases.add_update(self, super().forward(x), dropped, factors, self.abba_scale, recompute_u=self.abba_recompute_u)
 
     def delta_weight(self) -> Tensor:
         """The dense ΔW = s·(B1 A1) ⊙ (B2 A2), [m, n], in fp32 (fp64 for fp64 factors or weights)."""
-        wide = torch.float64 if torch.float64 in (self.abba_A1.dtype, self.weight.dtype) else torch.float32
+        wide = torch.float64 if torch.float64 in (self.abba_A1.dtype, bases.weight_dtype(self)) else torch.float32
         with torch.no_grad():
             return reference.delta_weight(*(getattr(self, name).detach().to(wide) for name in FACTORS), self.abba_scale)
 
     def check_mergeable(self) -> None:
         """Raises TypeError if the weight cannot take ΔW; see :meth:`merged_weight`."""
-        if not has_plain_weight(self):
-            raise TypeError(f"cannot merge into a weight of {type(self.weight).__name__} {self.weight.dtype}: only plain "
-                            "floating-point weights can take ΔW")
+        if not bases.has_plain_weight(self):
+            raise TypeError(f"cannot merge into a weight that is {bases.described_weight(self)}: only plain floating-point "
+                            "weights can take ΔW")
 
     def merged_weight(self) -> Tensor:
         """W0 + ΔW in the weight's dtype and layout, summed in fp32 (fp64 for fp64 weights) and rounded once.
@@ -74,7 +72,7 @@ class AbbaLayer:
         """
         self.check_mergeable()
         weight = self.weight
-        delta = self.delta_weight().t() if is_conv1d(self) else self.delta_weight()
+        delta = bases.to_layout(self, self.delta_weight())
         return (weight.detach().to(delta.dtype) + delta).to(weight.dtype)
 
     def merge(self, *, safe: bool = False, keep_base: bool = True) -> None:
@@ -113,7 +111,7 @@ class AbbaLayer:
         self.abba_merged = False
 
     def extra_repr(self) -> str:
-        return (f"{super().extra_repr()}, r1={self.abba_A1.size(0)}, r2={self.abba_A2.size(0)}, "
+        return (f"{super().extra_repr()}, r1={self.abba_A1.size(-2)}, r2={self.abba_A2.size(-2)}, "
                 f"scale={self.abba_scale:g}").lstrip(", ")
 
     def __reduce_ex__(self, protocol):
@@ -144,12 +142,12 @@ class AbbaLinear(AbbaLayer, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: AbbaConfig | None = None, name: str = "") -> nn.Module:
-        """Adapts a linear layer in place (its class changes, its weight stays) and returns it, base frozen.
+        """Adapts a layer in place (its class changes, its weight stays) and returns it, base frozen.
 
         Raises:
-            TypeError: Not a linear layer that can be adapted.
+            TypeError: Not a layer that can be adapted.
         """
-        reason = refusal(linear)
+        reason = bases.refusal(linear)
         if reason:
             raise TypeError(f"linear: {reason}")
         _adapt(linear, config or AbbaConfig(), name)
@@ -163,41 +161,31 @@ def _adapt(linear: nn.Module, config: AbbaConfig, name: str) -> None:
         linear.bias.requires_grad_(config.bias != "none")
 
 
-def has_plain_weight(module: nn.Module) -> bool:
-    """Whether the weight is an ordinary floating-point tensor: not quantised, not a tensor subclass."""
-    return module.weight.is_floating_point() and type(module.weight.data) is Tensor
+class AbbaParameter(AbbaLayer, bases.ParameterBase):
+    """An adapted parameter of another module: W0 [..., m, n] + s·(B1 A1) ⊙ (B2 A2), one update per expert of a stack.
 
+    While the owner runs, reading the parameter from it gives the sum.
+    """
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether the module is transformers' Conv1D: a linear layer whose weight is [n, m]."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # without it there is none in the model
-    return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
+    def begin(self, owner: nn.Module, inputs) -> None:
+        """Lets the owner see the sum; a forward pre-hook."""
+        if self.abba_merged or not self.abba_enabled:
+            return
+        weight = self.weight
+        delta = bases.to_layout(self, delta_weight(*(getattr(self, name) for name in FACTORS), self.abba_scale))
+        vars(owner)[self.parameter] = (weight + delta).to(weight.dtype)  # found before the registered parameter
 
-
-def refusal(module: nn.Module) -> str | None:
-    """Why the module cannot be adapted, or None if it can."""
-    if isinstance(module, AbbaLayer):
-        return "is adapted already"
-    if not isinstance(module, nn.Linear) and not is_conv1d(module):
-        return f"is a {type(module).__name__}; only torch.nn.Linear and transformers' Conv1D can be adapted"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "is the output projection of torch.nn.MultiheadAttention, which reads its weight without calling it"
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        return "has its forward replaced on the instance, which would bypass the adapter"
-    return None
-
-
-def features(module: nn.Module) -> tuple[int, int]:
-    """(n, m) = (in_features, out_features) of a linear layer."""
-    if is_conv1d(module):
-        return module.nx, module.nf
-    return module.in_features, module.out_features
+    def end(self, owner: nn.Module, inputs, output) -> None:
+        """Lets the owner see the parameter again; a forward hook that always runs."""
+        vars(owner).pop(self.parameter, None)
 
 
 @functools.cache
 def _adapted_class(base: type) -> type:
     if base is nn.Linear:
         return AbbaLinear
+    if base is bases.ParameterBase:
+        return AbbaParameter
     return type(f"Abba{base.__name__}", (AbbaLayer, base), {"__module__": __name__})
 
 
@@ -207,10 +195,10 @@ def _rebuild(base: type) -> nn.Module:
 
 
 def attach(module: nn.Module, config: AbbaConfig, name: str, factors: dict[str, Tensor], scale: float | None = None):
-    """Turns a linear layer into an ABBA layer in place.
+    """Turns a layer into an ABBA layer in place.
 
     Args:
-        module: A layer for which :func:`refusal` is None.
+        module: A layer for which :func:`abba_ext.bases.refusal` is None.
         config: Gives dropout, plan, recompute_u, and s unless scale is given.
         name: The layer's name in the model.
         factors: abba_A1 [r1, n], abba_B1 [m, r1], abba_A2 [r2, n], abba_B2 [m, r2].
@@ -233,13 +221,20 @@ def attach(module: nn.Module, config: AbbaConfig, name: str, factors: dict[str, 
     module.abba_enabled = True
     module.abba_merged = False
     module.abba_base_copy = None
-    base_forward = module.abba_base_class.forward
-    module.abba_fused = has_plain_weight(module) and (base_forward is nn.Linear.forward or is_conv1d(module))
+    module.abba_fused = bases.is_fusable(module, module.abba_base_class)
+    if isinstance(module, AbbaParameter):
+        module.owner.add_module(ADAPTED_PARAMETER + module.parameter, module)
+        module.abba_hooks = (module.owner.register_forward_pre_hook(module.begin),
+                             module.owner.register_forward_hook(module.end, always_call=True))
 
 
 def detach(module: nn.Module) -> None:
     """Turns an ABBA layer back into its base layer in place; a merged weight stays merged."""
     base = module.abba_base_class
+    if isinstance(module, AbbaParameter):
+        for hook in module.abba_hooks:
+            hook.remove()
+        delattr(module.owner, ADAPTED_PARAMETER + module.parameter)
     for key in FACTORS:
         delattr(module, key)
     for key in [key for key in vars(module) if key.startswith("abba_")]:
@@ -258,39 +253,44 @@ def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[
     Draws depend on (config.seed, name) alone.
 
     Raises:
-        ValueError: init "svd" and the weight has no values to decompose (meta device or quantised).
+        ValueError: init "svd" and the weight has no values to decompose: on the meta device, or quantised in a way that
+            cannot be read.
     """
-    n, m = features(module)
+    n, m = bases.features(module)
+    stack = bases.stack_shape(module)
     r1, r2 = config.ranks(name)
-    weight = module.weight
-    device, dtype = weight.device, getattr(torch, config.adapter_dtype)
+    device, dtype = bases.weight_device(module), getattr(torch, config.adapter_dtype)
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}:{name}".encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)
 
     def kaiming(rows, columns):
-        return nn.init.kaiming_uniform_(torch.empty(rows, columns), a=5**0.5, generator=generator)
+        return nn.init.kaiming_uniform_(torch.empty(math.prod(stack) * rows, columns), a=5**0.5,
+                                        generator=generator).view(*stack, rows, columns)
 
     a2, a1, b1 = kaiming(r2, n), kaiming(r1, n), kaiming(m, r1)
     if config.init == "svd":
-        if weight.is_meta or not has_plain_weight(module):
-            raise ValueError(f"init 'svd' needs the values of the weight of {name!r}, got {type(weight).__name__} {weight.dtype} "
-                             f"on {device}; load the weights first or use init='random'")
-        matrix = weight.detach().t() if is_conv1d(module) else weight.detach()
-        u, sigma, v = _truncated_svd(matrix.to(torch.promote_types(weight.dtype, torch.float32)), min(r1, m, n), seed)
-        root = sigma.sqrt()
-        b1 = torch.zeros(m, r1)
-        b1[:, : root.numel()] = u * root
-        a1[: root.numel()] = (v * root).t()
-    factors = {"abba_A1": a1, "abba_B1": b1, "abba_A2": a2, "abba_B2": torch.zeros(m, r2)}
+        if device.type == "meta":
+            raise ValueError(f"init 'svd' needs the values of the weight of {name!r}, which is on the meta device; load the "
+                             "weights first or use init='random'")
+        try:
+            matrix = bases.weight_matrix(module).detach()
+        except ValueError as error:
+            raise ValueError(f"init 'svd' of {name!r}: {error}; or use init='random'") from None
+        u, sigma, v = _truncated_svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), min(r1, m, n), seed)
+        root = sigma.sqrt()[..., None, :]
+        b1 = torch.zeros(*stack, m, r1)
+        b1[..., : root.size(-1)] = u * root
+        a1[..., : root.size(-1), :] = (v * root).mT
+    factors = {"abba_A1": a1, "abba_B1": b1, "abba_A2": a2, "abba_B2": torch.zeros(*stack, m, r2)}
     return {key: factor.to(device=device, dtype=dtype) for key, factor in factors.items()}
 
 
 def _truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Top singular triplets U [m, rank], Σ [rank], V [n, rank] on the CPU, reproducible from the seed."""
+    """Top singular triplets U [..., m, rank], Σ [..., rank], V [..., n, rank] on the CPU, reproducible from the seed."""
     if not torch.isfinite(matrix).all():
         raise ValueError("init 'svd' needs a finite weight, got NaN or infinity in it")
-    width = min(rank + 16, *matrix.shape)  # oversampling makes the randomised range finder near-optimal
+    width = min(rank + 16, *matrix.shape[-2:])  # oversampling makes the randomised range finder near-optimal
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(seed)
         u, sigma, v = torch.svd_lowrank(matrix, q=width, niter=2)
-    return u[:, :rank].cpu(), sigma[:rank].cpu(), v[:, :rank].cpu()
+    return u[..., :rank].cpu(), sigma[..., :rank].cpu(), v[..., :rank].cpu()

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .bases import ParameterBase, is_linear, refusal
 from .config import AbbaConfig, has_suffix, matches
-from .layers import AbbaLayer, attach, detach, init_factors, refusal
+from .layers import ADAPTED_PARAMETER, AbbaLayer, AbbaParameter, attach, detach, init_factors
 
 _STATE = "_abba_patch"
 _HEAD_MODELS = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
@@ -54,24 +55,24 @@ def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: 
         raise ValueError("model already has ABBA layers; call abba_ext.unpatch_model(model) first")
     targets = find_targets(model, config)
     trained = _trained_base_parameters(model, config, targets)
-    starts = {name: init_factors(module, config, name) for name, module in targets.items()}
-    scales = {name: config.scale(name) for name in targets}
-    apply_patch(model, config, starts, scales, trained)
+    starts = {name: init_factors(module, config, base_name(name, module)) for name, module in targets.items()}
+    scales = {name: config.scale(base_name(name, module)) for name, module in targets.items()}
+    apply_patch(model, config, targets, starts, scales, trained)
     if verbose:
         print_trainable_parameters(model)
     return model
 
 
-def apply_patch(model: nn.Module, config: AbbaConfig, factors: dict[str, dict[str, Tensor]], scales: dict[str, float],
-                trained: Sequence[str]) -> None:
-    """Attaches given factors by layer name, freezes the base except the named parameters, and records how to undo it."""
+def apply_patch(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Module], factors: dict[str, dict[str, Tensor]],
+                scales: dict[str, float], trained: Sequence[str]) -> None:
+    """Attaches given factors to the target layers, freezes the base except the named parameters, and records how to undo it."""
     parameters = dict(model.named_parameters())
     patch = _Patch(config, {name: parameter.requires_grad for name, parameter in parameters.items()},
                    {name: parameters[name].detach().clone() for name in trained})
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in patch.originals)
-    for name, start in factors.items():
-        attach(model.get_submodule(name), config, name, start, scales[name])
+    for name, module in targets.items():
+        attach(module, config, name, factors[name], scales[name])
     patch.hooks = _checkpointing_hooks(model)
     setattr(model, _STATE, patch)
 
@@ -129,12 +130,13 @@ def merge(model: nn.Module, *, safe: bool = False, keep_base: bool = True) -> No
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{name}.{key}")
     for name, layer in layers.items():
-        shared = [owner for owner in owners[id(layer.weight)] if owner != f"{name}.weight"]
+        layer.check_mergeable()
+        own = base_name(name, layer) + ("" if isinstance(layer, AbbaParameter) else ".weight")
+        shared = [owner for owner in owners[id(layer.weight)] if owner != own]
         if shared:
-            raise ValueError(f"cannot merge into {name}.weight: it is tied to {', '.join(shared)}, which merging would change "
+            raise ValueError(f"cannot merge into {own}: it is tied to {', '.join(shared)}, which merging would change "
                              "too; untie it first (give the layer its own copy of the weight)")
     for name, layer in layers.items():  # refuse before the first weight is written
-        layer.check_mergeable()
         if safe and not torch.isfinite(layer.merged_weight()).all():
             raise ValueError(f"the merged weight of {name!r} holds NaN or infinity; no weight was changed")
     for layer in layers.values():
@@ -219,8 +221,30 @@ def patch_of(model: nn.Module) -> _Patch:
     return patch
 
 
+def base_name(name: str, module: nn.Module) -> str:
+    """The name of what a layer adapts: its own, or that of the parameter it stands for."""
+    if not isinstance(module, ParameterBase):
+        return name
+    owner, _, leaf = name.rpartition(".")
+    return f"{owner}.{leaf.removeprefix(ADAPTED_PARAMETER)}".lstrip(".")
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module | None:
+    """The layer of that name, adapted or not; a parameter as the ParameterBase that stands for it. None if there is none."""
+    with contextlib.suppress(AttributeError):
+        return model.get_submodule(name)
+    owner, _, leaf = name.rpartition(".")
+    parameter = leaf.removeprefix(ADAPTED_PARAMETER)
+    with contextlib.suppress(AttributeError):
+        module = model.get_submodule(owner)
+        if parameter != leaf and isinstance(module._parameters.get(parameter), nn.Parameter):
+            return ParameterBase(module, parameter)
+    return None
+
+
 def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
-    """The layers that patch_model would adapt, by name, in the model's order; a shared layer once.
+    """The layers that patch_model would adapt, by name, in the model's order; a shared layer once. Parameters come last, as
+    ParameterBase modules.
 
     Raises:
         ValueError: Nothing matches (the message lists near misses), or a target cannot be adapted.
@@ -240,7 +264,7 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
 
     if wanted is None or wanted == "all-linear":
         heads = _head_modules(model, config) + _output_embeddings(model)
-        free = [name for name in candidates if not _is_inside(name, heads)]
+        free = [name for name in candidates if is_linear(candidates[name]) and not _is_inside(name, heads)]
         blocks = [name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         inside = [name for name in free if any(name.startswith(block) for block in blocks)]
         selected = inside if wanted is None and inside else free
@@ -250,6 +274,8 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
                 misfits = {name: refusal(module) for name, module in modules.items() if fits(pattern, name)}
                 raise ValueError(_nothing_matched(pattern if isinstance(pattern, str) else pattern[0], candidates, misfits))
         selected = [name for name in candidates if fits(wanted, name)]
+    parameters = _target_parameters(modules, config)
+    selected += parameters
     if config.layers_to_transform is not None:
         indices = {name: int(index.group(1)) for name in selected if (index := re.search(r"(?:^|\.)(\d+)\.", name))}
         missing = sorted(set(config.layers_to_transform) - set(indices.values()))
@@ -257,15 +283,35 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
             raise ValueError(f"layers_to_transform {missing}: the targets lie in blocks {sorted(set(indices.values()))}")
         selected = [name for name in selected if indices.get(name) in config.layers_to_transform]
     if config.exclude_modules is not None:
-        selected = [name for name in selected if not fits(config.exclude_modules, name)]
+        selected = [name for name in selected if name in parameters or not fits(config.exclude_modules, name)]
     if not selected:
         raise ValueError(f"no layer is left to adapt: target_modules={wanted!r}, exclude_modules={config.exclude_modules!r}; the "
-                         f"model has {len(candidates)} linear layers ({_leaf_names(candidates)})")
+                         f"model has {len(candidates)} layers that can be adapted ({_leaf_names(candidates)})")
+    targets = {name: parameters.get(name) or candidates[name] for name in selected}
     for kind in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, kind):
-            if not any(matches(pattern, name) for name in selected):
+            if not any(matches(pattern, base_name(*target)) for target in targets.items()):
                 raise ValueError(f"{kind}: {pattern!r} fits no adapted layer; adapted are {_leaf_names(selected)}")
-    return {name: candidates[name] for name in selected}
+    return targets
+
+
+def _target_parameters(modules: dict[str, nn.Module], config: AbbaConfig) -> dict[str, ParameterBase]:
+    """The parameters that target_parameters names, as layers to adapt."""
+    found = {}
+    for wanted in config.target_parameters or ():
+        fitting = [(name, parameter) for name, module in modules.items() for parameter in module._parameters
+                   if has_suffix(f"{name}.{parameter}", wanted)]
+        if not fitting:
+            raise ValueError(f"target_parameters: no parameter is named {wanted!r}")
+        for name, parameter in fitting:
+            if refusal(modules[name]) is None:
+                raise ValueError(f"target_parameters: {name}.{parameter} belongs to a {type(modules[name]).__name__}; adapt "
+                                 "that layer through target_modules")
+            base = ParameterBase(modules[name], parameter)
+            if reason := refusal(base):
+                raise ValueError(f"target_parameters: {name}.{parameter} {reason}")
+            found[f"{name}.{ADAPTED_PARAMETER}{parameter}"] = base
+    return found
 
 
 def _is_inside(name: str, owners: list[str]) -> bool:
@@ -278,7 +324,7 @@ def _leaf_names(names) -> str:
 
 
 def _nothing_matched(pattern: str, candidates: dict[str, nn.Module], misfits: dict[str, str]) -> str:
-    message = f"target_modules: {pattern!r} matches no linear layer"
+    message = f"target_modules: {pattern!r} matches no layer that can be adapted"
     if misfits:
         name, reason = next(iter(misfits.items()))
         message += f" ({name!r} {reason})"
@@ -286,7 +332,7 @@ def _nothing_matched(pattern: str, candidates: dict[str, nn.Module], misfits: di
             for match in difflib.get_close_matches(pattern, list(pool), n=3)]
     if near:
         message += f"; near misses: {', '.join(dict.fromkeys(near))}"
-    return f"{message}; the model's linear layers are named {_leaf_names(candidates) or '(none)'}"
+    return f"{message}; those are named {_leaf_names(candidates) or '(none)'}"
 
 
 def _output_embeddings(model: nn.Module) -> list[str]:

@@ -136,7 +136,7 @@ def test_other_models_are_refused(saved):
     for target, message in (
         (nn.ModuleDict({"q": nn.Linear(6, 8)}), "the model has no layer 'k'"),
         (nn.ModuleDict({"q": nn.Linear(6, 9), "k": nn.Linear(9, 4)}), r"'q.abba_B1' must be \[9, 2\], got \[8, 2\]"),
-        (nn.ModuleDict({"q": nn.Embedding(6, 8), "k": nn.Linear(8, 4)}), "'q' is a Embedding"),
+        (nn.ModuleDict({"q": nn.LayerNorm(6), "k": nn.Linear(8, 4)}), "'q' is a LayerNorm"),
         (abba_ext.patch_model(tiny(), AbbaConfig(r=4, bias="abba_only")), r"'q' has ranks \(2, 2\) in the model, \(2, 3\) in the file"),
         (abba_ext.patch_model(tiny(), AbbaConfig(target_modules=["q"])), "the file adapts 'k', the model does not"),
     ):

@@ -173,8 +173,8 @@ def test_stand_alone_layer():
     assert layer(torch.randn(3, 8, dtype=torch.bfloat16)).shape == (3, 6)
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == set(FACTORS)
     assert "r1=2, r2=2" in repr(layer) and "in_features=8" in repr(layer)
-    with pytest.raises(TypeError, match="linear: is a Conv2d; only torch.nn.Linear"):
-        AbbaLinear.from_linear(nn.Conv2d(1, 1, 1))
+    with pytest.raises(TypeError, match="linear: is a ConvTranspose2d; linear layers"):
+        AbbaLinear.from_linear(nn.ConvTranspose2d(1, 1, 1))
     with pytest.raises(TypeError, match="is adapted already"):
         AbbaLinear.from_linear(layer)
 

@@ -60,11 +60,11 @@ def test_selection(kwargs, expected):
 
 
 ERRORS = {
-    "near miss": ({"target_modules": ["q_prj"]}, r"target_modules: 'q_prj' matches no linear layer; near misses: q_proj"),
-    "one of two": ({"target_modules": ["q_proj", "v_proj"]}, r"target_modules: 'v_proj' matches no linear layer"),
-    "no substring match": ({"target_modules": ["proj"]}, "matches no linear layer"),
-    "regex": ({"target_modules": "query.*"}, "target_modules: 'query.*' matches no linear layer.*are named q_proj, k_proj, head"),
-    "not linear": ({"target_modules": ["embed"]}, r"\('embed' is a Embedding; only torch.nn.Linear and transformers' Conv1D"),
+    "near miss": ({"target_modules": ["q_prj"]}, r"target_modules: 'q_prj' matches no layer that can be adapted; near misses: q_proj"),
+    "one of two": ({"target_modules": ["q_proj", "v_proj"]}, r"target_modules: 'v_proj' matches no layer that can be adapted"),
+    "no substring match": ({"target_modules": ["proj"]}, "matches no layer that can be adapted"),
+    "regex": ({"target_modules": "query.*"}, "target_modules: 'query.*' matches no layer .* are named embed, q_proj, k_proj, head"),
+    "not a layer": ({"target_modules": ["layers"]}, r"\('layers' is a ModuleList; linear layers \(torch.nn.Linear, transformers'"),
     "nothing left": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no layer is left to adapt"),
     "layers": ({"layers_to_transform": [7]}, r"layers_to_transform \[7\]: the targets lie in blocks \[0, 1, 2\]"),
     "rank_pattern": ({"rank_pattern": {"v_proj": 4}}, "rank_pattern: 'v_proj' fits no adapted layer"),
@@ -212,7 +212,7 @@ def test_merge_refuses_integer_weights_before_any_is_written():
     for layer in abba_ext.abba_layers(model).values():
         layer.abba_B2.data.normal_()
     before = model.layers[0].q_proj.weight.detach().clone()
-    with pytest.raises(TypeError, match="cannot merge into a weight of Parameter torch.int8"):
+    with pytest.raises(TypeError, match="cannot merge into a weight that is Tensor torch.int8"):
         abba_ext.merge_and_unload(model)
     assert torch.equal(model.layers[0].q_proj.weight, before) and abba_ext.is_patched(model)
 
