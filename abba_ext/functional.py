@@ -113,11 +113,14 @@ def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: 
         torch.nn.functional.linear.
 
     Raises:
-        TypeError: scale is not a number.
-        ValueError: A shape, dtype or device does not fit; the message names the argument.
+        TypeError: scale is not a number, or a tensor argument is none.
+        ValueError: scale is not finite, or a shape, dtype or device does not fit; the message names the argument.
 
     Source: arXiv 2505.14238, section 3 and Theorem 1.
     """
+    _check_tensors(x=x, weight=weight, a1=a1, b1=b1, a2=a2, b2=b2)
+    if bias is not None:
+        _check_tensors(bias=bias)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _check_factors(x, a1, b1, a2, b2, scale)
@@ -146,9 +149,10 @@ def abba_update(base_output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tens
         y [..., m] in base_output's dtype.
 
     Raises:
-        TypeError: scale is not a number.
-        ValueError: A shape, dtype or device does not fit; the message names the argument.
+        TypeError: scale is not a number, or a tensor argument is none.
+        ValueError: scale is not finite, or a shape, dtype or device does not fit; the message names the argument.
     """
+    _check_tensors(base_output=base_output, x=x, a1=a1, b1=b1, a2=a2, b2=b2)
     x = x.to(base_output.dtype)
     _check_factors(x, a1, b1, a2, b2, scale)
     if base_output.shape != (*x.shape[:-1], b1.size(0)):
@@ -284,6 +288,12 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 # --- argument checks ---
 
 
+def _check_tensors(**arguments):
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
 def _check_base(x, weight, bias, b1):
     n, m = x.size(-1), b1.size(0)
     if weight.shape != (m, n):
@@ -301,6 +311,8 @@ def _check_base(x, weight, bias, b1):
 def _check_factors(x, a1, b1, a2, b2, scale):
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
     if x.dim() == 0:
         raise ValueError("x must be [..., n], got a scalar")
     n, m = x.size(-1), b1.size(0) if b1.dim() == 2 else None

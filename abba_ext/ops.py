@@ -47,7 +47,7 @@ def expand_(y: torch.Tensor, u: torch.Tensor, f1: torch.Tensor, f2: torch.Tensor
     Raises:
         RuntimeError: Gradients are recorded and an argument requires one; or a shape, dtype or device does not fit.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, u, f1, f2)):
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in (y, u, f1, f2)):
         raise RuntimeError("expand_ writes in place and is not differentiable; use abba_ext.ops.expand or run it under "
                            "torch.no_grad()")
     _expand_(y, u, f1, f2, s)
@@ -77,8 +77,15 @@ def _like_factor(f: torch.Tensor) -> torch.Tensor:
     return f.new_empty((f.size(1), f.size(0))).t()
 
 
+def _check_devices(op, first, *others):
+    for tensor in others:
+        torch._check(tensor is None or tensor.device == first.device,
+                     lambda: f"{op}: every argument must be on the device of the first, {first.device}, got {tensor.device}")
+
+
 @torch.library.register_fake("abba::project")
 def _(x, f1, f2):
+    _check_devices("project", x, f1, f2)
     torch._check(x.dim() == 2 and f1.dim() == 2 and f2.dim() == 2, lambda: "project: x, f1 and f2 must be 2-D")
     torch._check(x.size(1) == f1.size(1), lambda: f"project: f1 must be [r1, {x.size(1)}], got {list(f1.shape)}")
     torch._check(x.size(1) == f2.size(1), lambda: f"project: f2 must be [r2, {x.size(1)}], got {list(f2.shape)}")
@@ -87,6 +94,7 @@ def _(x, f1, f2):
 
 @torch.library.register_fake("abba::expand_")
 def _(y, u, f1, f2, s):
+    _check_devices("expand_", y, u, f1, f2)
     rank = f1.size(0) * f2.size(0)
     torch._check(u.size(0) == y.size(0) and u.size(1) == rank,
                  lambda: f"expand_: u must be [{y.size(0)}, {rank}], got {list(u.shape)}")
@@ -94,6 +102,7 @@ def _(y, u, f1, f2, s):
 
 @torch.library.register_fake("abba::factor_grad")
 def _(x, v, f1, f2, s):
+    _check_devices("factor_grad", x, v, f1, f2)
     rank = f1.size(0) * f2.size(0)
     torch._check(v.size(0) == x.size(0) and v.size(1) == rank,
                  lambda: f"factor_grad: v must be [{x.size(0)}, {rank}], got {list(v.shape)}")
@@ -102,11 +111,13 @@ def _(x, v, f1, f2, s):
 
 @torch.library.register_fake("abba::dense_forward")
 def _(x, weight, bias, a1, b1, a2, b2, s):
+    _check_devices("dense_forward", x, weight, bias, a1, b1, a2, b2)
     return x.new_empty((x.size(0), weight.size(0)))
 
 
 @torch.library.register_fake("abba::dense_backward")
 def _(x, dy, weight, a1, b1, a2, b2, s, need_x, need_factors):
+    _check_devices("dense_backward", x, dy, weight, a1, b1, a2, b2)
     dx = x.new_empty((x.size(0) if need_x else 0, x.size(1)))
     return dx, *(f.new_empty((f.size(0) if need_factors else 0, f.size(1))) for f in (a1, b1, a2, b2))
 

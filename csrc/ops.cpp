@@ -2,6 +2,7 @@
 // Shapes in every message: T tokens, D features, R = r1*r2.
 #include "stable.h"
 
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -83,6 +84,9 @@ void check_ranks(const char* op, const char* arg, const Tensor& ranks, const cha
                   name(tokens.scalar_type()), ", got ", name(ranks.scalar_type()));
 }
 
+// A matrix product may take a NaN in front of it for zero.
+void check_scale(const char* op, double s) { check(std::isfinite(s), op, ": s must be finite, got ", s); }
+
 // The bytes [first, last) that a tensor's elements lie in.
 std::pair<const char*, const char*> extent(const Tensor& t) {
   const char* first = static_cast<const char*>(t.data_ptr());
@@ -118,6 +122,7 @@ void expand_(Tensor y, const Tensor& u, const Tensor& f1, const Tensor& f2, doub
   check_pair("expand_", "y", y, f1, f2);
   check_ranks("expand_", "u", u, "y", y, f1, f2);
   check_written("expand_", "y", y, {&u, &f1, &f2});
+  check_scale("expand_", s);
   if (y.numel() != 0) (y.is_cpu() ? cpu::expand_ : cuda::expand_)(y, u, f1, f2, s);
 }
 
@@ -130,6 +135,7 @@ Tensor like_factor(const Tensor& f) {
 std::tuple<Tensor, Tensor> factor_grad(const Tensor& x, const Tensor& v, const Tensor& f1, const Tensor& f2, double s) {
   check_pair("factor_grad", "x", x, f1, f2);
   check_ranks("factor_grad", "v", v, "x", x, f1, f2);
+  check_scale("factor_grad", s);
   Tensor df1 = like_factor(f1), df2 = like_factor(f2);
   if (x.size(0) == 0) {
     torch::stable::zero_(df1);

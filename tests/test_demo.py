@@ -26,26 +26,6 @@ def finetune(commonsense):
     return importlib.import_module("finetune_commonsense")
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """Folder of a random two-layer Llama with a word-level tokenizer of the questions' words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>"])
-    tokenizer.train_from_iterator([QUESTIONS.read_text(encoding="utf-8")], trainer)
-    folder = tmp_path_factory.mktemp("tiny")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
-    config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=1)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("method", ["abba", "lora"])
 def test_demo_runs_through(finetune, tiny_model, tmp_path, method, capsys):
     if method == "lora":
