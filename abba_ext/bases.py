@@ -179,6 +179,11 @@ def has_plain_weight(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dtype in _PLAIN_DTYPES and type(weight.data) is Tensor
 
 
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether the tensor is a DTensor, spread over several devices."""
+    return hasattr(tensor, "full_tensor")
+
+
 def weight_dtype(module: nn.Module) -> torch.dtype | None:
     """dtype of a plain weight, None if it is quantised."""
     return module.weight.dtype if has_plain_weight(module) else None
@@ -197,13 +202,18 @@ def weight_device(module: nn.Module) -> torch.device:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """W0 [m, n] (a stack's [E, m, n]): a view of a plain weight, or the values of a quantised one.
+    """W0 [m, n] (a stack's [E, m, n]): a view of a plain weight, the values of a quantised one, or a sharded one gathered from
+    all ranks (which must all call this).
 
     Raises:
         ValueError: The weight is quantised in a way that cannot be read back, or reading it needs PEFT.
     """
-    kind = _kind(module)
-    return kind.matrix(module, module.weight if has_plain_weight(module) else _dequantized(module))
+    weight = getattr(module, "weight", None)
+    if is_sharded(weight):
+        weight = weight.full_tensor()
+    elif not has_plain_weight(module):
+        weight = _dequantized(module)
+    return _kind(module).matrix(module, weight)
 
 
 def to_layout(module: nn.Module, matrix: Tensor) -> Tensor:

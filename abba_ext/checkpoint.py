@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bases import features, refusal, stack_shape, weight_device
+from .bases import features, is_linear, is_sharded, refusal, stack_shape, weight_device
 from .config import AbbaConfig
-from .layers import FACTORS
-from .patching import _STATE, abba_layers, apply_patch, find_layer, is_patched, patch_of
+from .layers import FACTORS, AbbaLayer
+from .patching import _STATE, abba_layers, apply_patch, copy_full, find_layer, is_patched, patch_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -28,45 +28,71 @@ FORMAT_VERSION = 1
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors of a patched model by parameter name: factors, and biases and heads that are trained too.
 
+    Parameters sharded by fully_shard are gathered whole, one after the other; every rank must call this then.
+
     Raises:
         ValueError: The model is not patched.
     """
     patch = patch_of(model)
     state = {f"{name}.{key}": getattr(layer, key) for name, layer in abba_layers(model).items() for key in FACTORS}
     state |= {name: model.get_parameter(name) for name in patch.originals}
-    return {name: tensor.detach() for name, tensor in state.items()}
+    return {name: (tensor.full_tensor() if is_sharded(tensor) else tensor).detach() for name, tensor in state.items()}
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes the adapter of a patched model into a folder (created if need be), atomically.
 
     Keys are parameter names ("model.layers.0.self_attn.q_proj.abba_A1"). The JSON holds format and version, the base model's
-    name, the config with its scaling convention, and (r1, r2, s) of every layer.
+    name, the config with its scaling convention, and (r1, r2, s) of every layer. Of a model sharded by fully_shard every rank
+    must call this; rank 0 writes.
 
     Raises:
         ValueError: The model is not patched.
         NotADirectoryError: The path is a file.
     """
-    from safetensors.torch import save_file
-
     state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
-    directory = os.fspath(directory)
-    if os.path.exists(directory) and not os.path.isdir(directory):
-        raise NotADirectoryError(f"directory must be a folder, but {directory!r} is a file")
     patch = patch_of(model)
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": _base_model_name(model),
         "config": patch.config.to_dict(),
-        "layers": {name: {"r1": layer.abba_A1.size(-2), "r2": layer.abba_A2.size(-2), "scale": layer.abba_scale}
-                   for name, layer in abba_layers(model).items()},
+        "layers": {name: _describe(layer) for name, layer in abba_layers(model).items()},
         "trained_base_parameters": list(patch.originals),
     }
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        write_adapter(directory, state, description)
+        return
+    if torch.distributed.get_rank() == 0:
+        write_adapter(directory, state, description)
+    torch.distributed.barrier()
+
+
+def _describe(layer: AbbaLayer) -> dict[str, Any]:
+    description = {"r1": layer.abba_A1.size(-2), "r2": layer.abba_A2.size(-2), "scale": layer.abba_scale}
+    return description if is_linear(layer) else {**description, "kind": layer.abba_base_class.__name__}
+
+
+def write_adapter(directory: str | os.PathLike, state: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Writes the two files of an adapter; see :func:`save_adapter`. :func:`read_adapter` is the inverse.
+
+    Args:
+        directory: The folder, created if need be.
+        state: Contiguous CPU tensors by parameter name.
+        description: The JSON-compatible description.
+
+    Raises:
+        NotADirectoryError: The path is a file.
+    """
+    from safetensors.torch import save_file
+
+    directory = os.fspath(directory)
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise NotADirectoryError(f"directory must be a folder, but {directory!r} is a file")
     text = json.dumps(description, indent=2)
     os.makedirs(directory, exist_ok=True)
-    _replace(os.path.join(directory, WEIGHTS_NAME), lambda path: save_file(state, path, metadata={FORMAT: text}))
-    _replace(os.path.join(directory, CONFIG_NAME), lambda path: _write_text(path, text + "\n"))
+    replace_file(os.path.join(directory, WEIGHTS_NAME), lambda path: save_file(state, path, metadata={FORMAT: text}))
+    replace_file(os.path.join(directory, CONFIG_NAME), lambda path: _write_text(path, text + "\n"))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
@@ -95,9 +121,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for key, tensor in state.items():
-            parameters[key].copy_(tensor)
-    for layer, entry in layers.items():
-        model.get_submodule(layer).abba_scale = entry["scale"]
+            copy_full(parameters[key], tensor)
+    for name, layer in abba_layers(model).items():
+        layer.abba_scale = layers[name]["scale"]
+        layer.abba_initialized = True
     return model
 
 
@@ -146,9 +173,11 @@ def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], 
     if patched:
         problems += [f"the model adapts {name!r}, the file does not" for name in sorted(patched - set(layers))]
         problems += [f"the file adapts {name!r}, the model does not" for name in sorted(set(layers) - patched)]
-        if set(trained) != set(patch_of(model).originals):
-            problems.append(f"the file trains the base parameters {sorted(trained)}, the model {sorted(patch_of(model).originals)}")
-        problems += [f"{name!r} is merged; unmerge it first" for name in sorted(patched & set(layers)) if modules[name].abba_merged]
+        own = sorted(patch_of(model).originals)
+        if sorted(trained) != own:
+            problems.append(f"the file trains the base parameters {sorted(trained)}, the model {own}")
+        merged = [name for name in sorted(patched & set(layers)) if modules[name].abba_merged]
+        problems += [f"{name!r} is merged; unmerge it first" for name in merged]
     shapes: dict[str, tuple] = {}
     for name, entry in layers.items():
         module = modules[name]
@@ -192,7 +221,7 @@ def _write_text(path: str, text: str) -> None:
         file.write(text)
 
 
-def _replace(path: str, write: Callable[[str], None]) -> None:
+def replace_file(path: str, write: Callable[[str], None]) -> None:
     """Writes through a temporary file in the same folder, flushed to disk before it takes the path's place."""
     handle, temporary = tempfile.mkstemp(prefix=".tmp-", suffix=os.path.basename(path), dir=os.path.dirname(path))
     os.close(handle)

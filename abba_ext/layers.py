@@ -31,6 +31,7 @@ class AbbaLayer:
         abba_dropout: Dropout probability on the adapter's input.
         abba_enabled: False computes the base layer alone.
         abba_merged: True while ΔW is added into the weight.
+        abba_initialized: False after patching a model on the meta device, until its factors have values.
     """
 
     abba_A1: nn.Parameter
@@ -42,6 +43,7 @@ class AbbaLayer:
         """The base layer's output with W0 + ΔW for W0; for a linear layer x [..., n] → y [..., m]."""
         if self.abba_merged or not self.abba_enabled:
             return super().forward(x)
+        self.check_initialized()
         factors = (self.abba_A1, self.abba_B1, self.abba_A2, self.abba_B2)
         if self.training and self.abba_dropout > 0 and x.is_floating_point():  # ids of an embedding stay
             dropped = dropout(x, self.abba_dropout)
@@ -51,6 +53,12 @@ class AbbaLayer:
         else:
             dropped = x
         return bases.add_update(self, super().forward(x), dropped, factors, self.abba_scale, recompute_u=self.abba_recompute_u)
+
+    def check_initialized(self) -> None:
+        """Raises RuntimeError if the factors have no values yet; see :func:`abba_ext.initialize_adapter`."""
+        if not self.abba_initialized:
+            raise RuntimeError("the ABBA factors have no values: the model was patched on the meta device; load its weights and "
+                               "call abba_ext.initialize_adapter(model), or load an adapter")
 
     def delta_weight(self) -> Tensor:
         """The dense ΔW = s·(B1 A1) ⊙ (B2 A2), [m, n], in fp32 (fp64 for fp64 factors or weights)."""
@@ -171,6 +179,7 @@ class AbbaParameter(AbbaLayer, bases.ParameterBase):
         """Lets the owner see the sum; a forward pre-hook."""
         if self.abba_merged or not self.abba_enabled:
             return
+        self.check_initialized()
         weight = self.weight
         delta = bases.to_layout(self, delta_weight(*(getattr(self, name) for name in FACTORS), self.abba_scale))
         vars(owner)[self.parameter] = (weight + delta).to(weight.dtype)  # found before the registered parameter
@@ -220,6 +229,7 @@ def attach(module: nn.Module, config: AbbaConfig, name: str, factors: dict[str, 
     module.abba_plan = config.plan
     module.abba_enabled = True
     module.abba_merged = False
+    module.abba_initialized = not factors["abba_A1"].is_meta
     module.abba_base_copy = None
     module.abba_fused = bases.is_fusable(module, module.abba_base_class)
     if isinstance(module, AbbaParameter):
@@ -250,11 +260,10 @@ def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[
     "svd": (B1, A1) = (U√Σ, √Σ Vᵀ) of the rank-r1 truncated SVD of W0, the best rank-r1 approximation (Eckart–Young), by
     randomised SVD; A2 Kaiming-uniform; B2 = 0. Ranks beyond W0's get B1 = 0 and a Kaiming-uniform A1.
     "random": A1, B1, A2 Kaiming-uniform; B2 = 0.
-    Draws depend on (config.seed, name) alone.
+    Draws depend on (config.seed, name) alone. On the meta device the factors have shapes and no values.
 
     Raises:
-        ValueError: init "svd" and the weight has no values to decompose: on the meta device, or quantised in a way that
-            cannot be read.
+        ValueError: init "svd" and the weight is quantised in a way that cannot be read.
     """
     n, m = bases.features(module)
     stack = bases.stack_shape(module)
@@ -268,10 +277,7 @@ def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[
                                         generator=generator).view(*stack, rows, columns)
 
     a2, a1, b1 = kaiming(r2, n), kaiming(r1, n), kaiming(m, r1)
-    if config.init == "svd":
-        if device.type == "meta":
-            raise ValueError(f"init 'svd' needs the values of the weight of {name!r}, which is on the meta device; load the "
-                             "weights first or use init='random'")
+    if config.init == "svd" and device.type != "meta":
         try:
             matrix = bases.weight_matrix(module).detach()
         except ValueError as error:

@@ -11,7 +11,8 @@ Shapes and dtypes: x, y, u, v share one dtype out of float32, bfloat16, float16,
 and f2 share a dtype of their own (float32 masters beside bfloat16 activations are usual). Factors may lie in memory as
 [r, D] or as the transposed view of [D, r]; neither is copied, and gradients come back in the factor's layout and dtype.
 Products accumulate in fp32 (fp64 for fp64). On a GPU handwritten kernels take bfloat16 and float16; they round float32
-factors to that dtype first. The rest runs as a composite of torch matmuls (see :func:`abba_ext.kernel_plan`). Results are bitwise deterministic for a given number of threads.
+factors to that dtype first. The rest runs as a composite of torch matmuls (see :func:`abba_ext.kernel_plan`). Results are
+bitwise deterministic for a given number of threads.
 Errors: RuntimeError naming the argument, what was expected and what came.
 Source: arXiv 2505.14238, Theorem 1 (ΔW = s·B*·A* with Khatri–Rao factors).
 """
@@ -29,7 +30,8 @@ except ImportError as error:
         hint = (f"the compiled module is missing because abba_ext was imported from its source tree ({here}); run "
                 "`pip install -e .` there, or leave the folder and `pip install` it")
     else:
-        hint = "the compiled module cannot be loaded; rebuild it with `pip install --force-reinstall --no-deps .` in its source folder"
+        hint = ("the compiled module cannot be loaded; rebuild it with `pip install --force-reinstall --no-deps .` in its source "
+                "folder")
     if "_C" not in str(error) or "undefined symbol" in str(error):
         hint = "the compiled module does not match this torch; reinstall abba_ext against it"
     raise ImportError(f"abba_ext: {hint} ({error}; torch {torch.__version__}).") from error

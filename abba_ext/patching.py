@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .bases import ParameterBase, is_linear, refusal
+from .bases import ParameterBase, is_linear, is_sharded, refusal, weight_device
 from .config import AbbaConfig, has_suffix, matches
 from .layers import ADAPTED_PARAMETER, AbbaLayer, AbbaParameter, attach, detach, init_factors
 
@@ -51,6 +51,8 @@ def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: 
     config = AbbaConfig() if config is None else config
     if not isinstance(config, AbbaConfig):
         raise TypeError(f"config must be an AbbaConfig, got {type(config).__name__}")
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError("model is sharded: its new parameters would not be; call patch_model before fully_shard")
     if is_patched(model):
         raise ValueError("model already has ABBA layers; call abba_ext.unpatch_model(model) first")
     targets = find_targets(model, config)
@@ -75,6 +77,39 @@ def apply_patch(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Modu
         attach(module, config, name, factors[name], scales[name])
     patch.hooks = _checkpointing_hooks(model)
     setattr(model, _STATE, patch)
+
+
+def initialize_adapter(model: nn.Module) -> None:
+    """Gives every factor its start anew, from the weights as they are: after patching a model on the meta device and loading
+    its weights, or to start training over.
+
+    Weights and factors may be sharded by fully_shard: the weights are gathered one at a time, every rank computes the same
+    start and keeps its part. Every rank must call this.
+
+    Raises:
+        ValueError: The model is not patched; a layer is merged; a weight has no values yet.
+    """
+    patch = patch_of(model)
+    layers = abba_layers(model)
+    for name, layer in layers.items():
+        if layer.abba_merged:
+            raise ValueError(f"{name!r} is merged; unmerge it first")
+        if weight_device(layer).type == "meta":
+            raise ValueError(f"the weight of {name!r} has no values: it is on the meta device; load the weights first")
+    for name, layer in layers.items():
+        for key, value in init_factors(layer, patch.config, base_name(name, layer)).items():
+            copy_full(getattr(layer, key), value)
+        layer.abba_initialized = True
+
+
+@torch.no_grad()
+def copy_full(parameter: Tensor, value: Tensor) -> None:
+    """Copies a whole tensor into a parameter, of which a sharded one keeps this rank's part."""
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:

@@ -1,4 +1,6 @@
 """patch_model and its relatives: which layers, what is frozen, what comes back."""
+import copy
+
 import architectures
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import nn
 
 import abba_ext
 from abba_ext import AbbaConfig, patch_model
+from abba_ext.layers import FACTORS
 
 
 class Block(nn.Module):
@@ -256,3 +259,33 @@ def test_requires_grad_flags_come_back():
         undo(patch_model(model))
         assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"embed.weight"}
         assert not model.embed._forward_hooks
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_patching_on_the_meta_device(init):
+    config = AbbaConfig(r1=2, r2=3, init=init)
+    real = Toy()
+    expected = patch_model(copy.deepcopy(real), config)
+    with torch.device("meta"):
+        model = patch_model(Toy(), config)
+    assert all(layer.abba_A1.is_meta for layer in abba_ext.abba_layers(model).values())
+    with pytest.raises(ValueError, match="on the meta device; load the weights first"):
+        abba_ext.initialize_adapter(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(real.state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match="initialize_adapter"):
+        model(torch.arange(4))
+    abba_ext.initialize_adapter(model)
+    assert torch.equal(model(torch.arange(4)), expected(torch.arange(4)))
+    for name, layer in abba_ext.abba_layers(model).items():
+        assert all(torch.equal(getattr(layer, key), getattr(expected.get_submodule(name), key)) for key in FACTORS)
+
+
+def test_an_adapter_loads_into_a_model_patched_on_the_meta_device(tmp_path):
+    real = Toy()
+    saved = patch_model(copy.deepcopy(real), AbbaConfig(r=4))
+    abba_ext.save_adapter(saved, tmp_path)
+    with torch.device("meta"):
+        model = patch_model(Toy(), AbbaConfig(r=4))
+    model.to_empty(device="cpu").load_state_dict(real.state_dict(), strict=False)
+    assert torch.equal(abba_ext.load_adapter(model, tmp_path)(torch.arange(4)), saved(torch.arange(4)))
