@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .bases import ParameterBase
+from .checkpoint import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from .patching import base_name
 
 CONFIG_NAME = "config.json"
@@ -37,6 +38,10 @@ class StoredTensor:
     stop: int
 
     @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of a plain floating-point tensor; None for integers and 8-bit floats, which quantised models store."""
         return _DTYPES.get(self.stored_dtype)
@@ -56,13 +61,15 @@ class BaseCheckpoint:
 
     Raises:
         FileNotFoundError: There is no such folder, or no config.json, no safetensors weights or not all shards in it.
-        ValueError: The model is quantised; the index names a file that does not lie in the folder or does not agree with the
+        ValueError: The model is quantised or has an adapter in its folder; the index names a file that does not lie in the folder or does not agree with the
             files; a file is damaged. The message names it.
     """
 
     def __init__(self, base: str | os.PathLike):
         self.folder = _find_folder(base)
         self._description = _read_json(self.folder / CONFIG_NAME)
+        if (self.folder / ADAPTER_CONFIG_NAME).exists():
+            raise ValueError(f"{self.folder} holds an {ADAPTER_CONFIG_NAME}, so from_pretrained would load an adapter with it")
         quantization = self._description.get("quantization_config")
         if quantization is not None:
             method = quantization.get("quant_method", "of an unknown kind") if isinstance(quantization, dict) else quantization
@@ -76,11 +83,11 @@ class BaseCheckpoint:
             if twice:
                 raise ValueError(f"{self.folder / shard} holds {twice[0]!r}, which {self.tensors[twice[0]].shard} holds too")
             self.tensors |= stored
-        for key in sorted(self.tensors.keys() ^ weight_map.keys() if weight_map is not None else ()):
-            raise ValueError(f"{self.folder / INDEX_NAME} and the files do not agree on {key!r}")
-        for key, shard in (weight_map or {}).items():
-            if self.tensors[key].shard != shard:
-                raise ValueError(f"{self.folder / INDEX_NAME} has {key!r} in {shard}, but it is in {self.tensors[key].shard}")
+        if weight_map is not None:
+            stored_in = {key: tensor.shard for key, tensor in self.tensors.items()}
+            for key in sorted(key for key in stored_in.keys() | weight_map.keys() if stored_in.get(key) != weight_map.get(key)):
+                raise ValueError(f"{self.folder / INDEX_NAME} has {key!r} in {weight_map.get(key, 'no file')}, but it is in "
+                                 f"{stored_in.get(key, 'no file')}")
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -96,7 +103,7 @@ class BaseCheckpoint:
             raise ImportError("reading a base model needs transformers: pip install 'abba_ext[hf]'") from None
         name = next(iter(self._description.get("architectures") or ()), None)
         model_class = getattr(transformers, str(name), None)
-        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        if getattr(model_class, "config_class", None) is None or not issubclass(model_class, transformers.PreTrainedModel):
             raise ValueError(f"{self.folder / CONFIG_NAME}: architectures must start with a model of transformers "
                              f"{transformers.__version__}, got {name!r}")
         config = model_class.config_class.from_pretrained(self.folder)
@@ -112,28 +119,32 @@ class BaseCheckpoint:
 
     @functools.cached_property
     def _aliases(self) -> dict[str, list[str]]:
-        owners: dict[int, list[str]] = {}
+        names: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
-        return {name: names for names in owners.values() for name in names}
+            names.setdefault(id(parameter), []).append(name)
+        return {name: aliases for aliases in names.values() for name in aliases}
 
-    def aliases(self, parameter: str) -> list[str]:
-        """All names of the parameter in :attr:`model`, its own included; several if it is tied, none if there is none."""
-        return self._aliases.get(parameter, [])
+    def tied_to(self, parameter: str) -> list[str]:
+        """The parameters of other modules of :attr:`model` that are the same tensor."""
+        owner = self.model.get_submodule(parameter.rpartition(".")[0])
+        return [alias for alias in self._aliases[parameter]
+                if self.model.get_submodule(alias.rpartition(".")[0]) is not owner]
 
-    def key(self, parameter: str) -> str | None:
-        """The key under which a parameter is stored, with or without the base model's prefix as `from_pretrained` takes it;
-        None if it is not stored.
+    def keys(self, parameter: str) -> list[str]:
+        """The keys under which a parameter of :attr:`model` is stored: its name or, if it is tied, any of its names, with or
+        without the base model's prefix, as `from_pretrained` takes them. Empty if it is not stored, or no parameter.
 
         Raises:
-            ValueError: It is stored under both keys.
+            ValueError: One name is stored both with and without the prefix.
         """
         prefix = self.model.base_model_prefix + "."
-        names = dict.fromkeys((parameter, parameter.removeprefix(prefix), prefix + parameter))
-        found = [name for name in names if name in self.tensors]
-        if len(found) > 1:
-            raise ValueError(f"{self.folder} stores the parameter {parameter!r} more than once: as {found}")
-        return found[0] if found else None
+        found = []
+        for alias in self._aliases.get(parameter, ()):
+            stored = [key for key in dict.fromkeys((alias, alias.removeprefix(prefix), prefix + alias)) if key in self.tensors]
+            if len(stored) > 1:
+                raise ValueError(f"{self.folder} stores the parameter {alias!r} twice: as {' and '.join(map(repr, stored))}")
+            found += stored
+        return found
 
 
 def _find_folder(base: str | os.PathLike) -> Path:

@@ -4,6 +4,7 @@
 `adapter_config.json` for people and tools. Loading reads the safetensors file alone, so replacing that one file
 atomically is enough for an adapter on disk to be the old one or the new one, never a mixture.
 """
+import hashlib
 import json
 import os
 import tempfile
@@ -23,6 +24,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 FORMAT = "abba_ext"
 FORMAT_VERSION = 1
+CHECKSUM = "sha256"
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -90,8 +92,9 @@ def write_adapter(directory: str | os.PathLike, state: dict[str, Tensor], descri
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise NotADirectoryError(f"directory must be a folder, but {directory!r} is a file")
     text = json.dumps(description, indent=2)
+    metadata = {FORMAT: text, CHECKSUM: _checksum(text, state)}
     os.makedirs(directory, exist_ok=True)
-    replace_file(os.path.join(directory, WEIGHTS_NAME), lambda path: save_file(state, path, metadata={FORMAT: text}))
+    replace_file(os.path.join(directory, WEIGHTS_NAME), lambda path: save_file(state, path, metadata=metadata))
     replace_file(os.path.join(directory, CONFIG_NAME), lambda path: _write_text(path, text + "\n"))
 
 
@@ -160,7 +163,19 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         raise ValueError(f"{path} is no adapter of abba_ext: its metadata is incomplete")
     if version > FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this abba_ext reads up to {FORMAT_VERSION}: update abba_ext")
+    if metadata.get(CHECKSUM) != _checksum(metadata[FORMAT], state):
+        raise ValueError(f"{path} is damaged: its contents do not have the checksum that was saved with them")
     return description, state
+
+
+def _checksum(text: str, state: dict[str, Tensor]) -> str:
+    """SHA-256 of the description and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], state: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ Each line of the data is an object with a field "text" (or "messages", or "promp
 """
 import argparse
 
+import torch
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -26,7 +27,8 @@ def main(argv: list[str] | None = None) -> float:
     trainer = SFTTrainer(
         model=args.model,
         args=SFTConfig(args.output, max_steps=args.steps, learning_rate=1e-3, per_device_train_batch_size=args.batch,
-                       max_length=args.max_length, save_strategy="no", logging_steps=10, report_to="none"),
+                       max_length=args.max_length, save_strategy="no", logging_steps=10, report_to="none",
+                       use_cpu=not torch.accelerator.is_available()),
         train_dataset=load_dataset("json", data_files=args.data, split="train"),
         peft_config=AbbaPeftConfig(r=32, alpha=16, task_type="CAUSAL_LM"),
     )

@@ -12,7 +12,7 @@ from torch import nn
 
 import abba_ext
 from abba_ext import AbbaConfig
-from abba_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from abba_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_adapter
 
 
 def tiny(dtype=torch.float32):
@@ -101,7 +101,7 @@ def rewrite(folder, change_state=None, change_description=None):
         change_state(state)
     if change_description:
         change_description(description)
-    save_file(state, folder / WEIGHTS_NAME, metadata={"abba_ext": json.dumps(description)})
+    write_adapter(folder, state, description)
 
 
 DAMAGES = {

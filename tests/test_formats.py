@@ -576,7 +576,7 @@ def test_own_adapters_are_checked_too(tmp_path):
                             (lambda s, d: d["config"].update(rank=3), "unknown AbbaConfig fields")):
         state, changed = {name: tensor.clone() for name, tensor in whole.items()}, json.loads(json.dumps(description))
         change(state, changed)
-        save_file(state, path, metadata={"abba_ext": json.dumps(changed)})
+        abba_ext.checkpoint.write_adapter(tmp_path, state, changed)
         with pytest.raises(ValueError, match="adapter_model.safetensors: .*" + message):
             read(tmp_path)
     path.rename(tmp_path / "other.safetensors")

@@ -12,6 +12,7 @@ from abba_ext.layers import FACTORS
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao_quantization = pytest.importorskip("torchao.quantization")
+PerGroup = torchao_quantization.PerGroup
 
 
 def four_bit(linear, quant_type):
@@ -32,11 +33,19 @@ def torchao(linear, config):
     return model[0]
 
 
+def hqq(linear):
+    quantize = pytest.importorskip("hqq.core.quantize")
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
+    return quantize.HQQLinear(copy.deepcopy(linear), config, compute_dtype=torch.float32, device="cpu")
+
+
 QUANTIZE = {
     "bnb nf4": lambda linear: four_bit(linear, "nf4"),
     "bnb fp4": lambda linear: four_bit(linear, "fp4"),
     "bnb int8": eight_bit,
     "torchao int8": lambda linear: torchao(linear, torchao_quantization.Int8WeightOnlyConfig()),
+    "torchao int4": lambda linear: torchao(linear, torchao_quantization.IntxWeightOnlyConfig(torch.int4, PerGroup(32))),
+    "hqq 4 bit": hqq,
 }
 
 
