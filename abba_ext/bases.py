@@ -4,6 +4,7 @@ import sys
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .functional import abba_update, delta_weight
 
@@ -176,7 +177,8 @@ def stack_shape(module: nn.Module) -> tuple[int, ...]:
 def has_plain_weight(module: nn.Module) -> bool:
     """Whether the weight is an ordinary floating-point tensor: not quantised, not a tensor subclass."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dtype in _PLAIN_DTYPES and type(weight.data) is Tensor
+    return (isinstance(weight, Tensor) and weight.dtype in _PLAIN_DTYPES and not is_traceable_wrapper_subclass(weight)
+            and not hasattr(weight, "quant_state"))  # bitsandbytes can pack 4-bit values into a floating-point dtype
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -192,7 +194,7 @@ def weight_dtype(module: nn.Module) -> torch.dtype | None:
 def described_weight(module: nn.Module) -> str:
     """Type and dtype of the weight, for messages."""
     weight = getattr(module, "weight", None)
-    return f"{type(weight.data).__name__} {weight.dtype}" if isinstance(weight, Tensor) else f"that of a {type(module).__name__}"
+    return f"{type(weight).__name__} {weight.dtype}" if isinstance(weight, Tensor) else f"that of a {type(module).__name__}"
 
 
 def weight_device(module: nn.Module) -> torch.device:
@@ -214,6 +216,11 @@ def weight_matrix(module: nn.Module) -> Tensor:
     elif not has_plain_weight(module):
         weight = _dequantized(module)
     return _kind(module).matrix(module, weight)
+
+
+def weight_view(module: nn.Module) -> Tensor:
+    """W0 [m, n] as a view of a plain weight; nothing is checked."""
+    return _kind(module).matrix(module, module.weight)
 
 
 def to_layout(module: nn.Module, matrix: Tensor) -> Tensor:

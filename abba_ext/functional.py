@@ -59,31 +59,42 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         ValueError: For an unknown plan, or the dense plan in half precision.
     """
     device = torch.device(device)
-    chosen, reason = _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device.type, plan)
+    sizes = (num_tokens, in_features, out_features, r1, r2)
+    chosen = _choose_plan(*sizes, dtype, device.type, plan)
     if device.type == "cpu":
+        if plan != "auto":
+            reason = "asked for"
+        elif dtype not in _DENSE_DTYPES:
+            reason = "half-precision activations"
+        else:
+            reason = "cost beside the base layer: khatri_rao {:.2f} GFLOP, dense {:.2f}".format(*(c / 1e9 for c in _costs(*sizes)))
         return KernelPlan(chosen, "cpu", reason)
     uncovered = ops.uncovered_by_cuda(dtype, factor_dtype or torch.promote_types(dtype, torch.float32), r2, device)
     return KernelPlan(chosen, "composite" if uncovered else "cuda", uncovered or "the CUDA kernels cover it")
 
 
-def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_type, plan) -> tuple[str, str]:
-    """(plan, reason)"""
+def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_type, plan) -> str:
     if plan not in ("auto", "khatri_rao", "dense"):
         raise ValueError(f"plan must be 'auto', 'khatri_rao' or 'dense', got {plan!r}")
-    wide = dtype in (torch.float32, torch.float64)
-    if plan == "dense" and (not wide or device_type != "cpu"):
+    possible = dtype in _DENSE_DTYPES and device_type == "cpu"
+    if plan == "dense" and not possible:
         raise ValueError(f"plan 'dense' needs float32 or float64 activations on the CPU, got {dtype} on {device_type}: in "
                          "half precision it would round small updates away")
     if plan != "auto":
-        return plan, "asked for"
-    if not wide or device_type != "cpu":
-        return "khatri_rao", "half-precision activations" if not wide else "the dense plan is for the CPU"
+        return plan
+    if not possible or torch.compiler.is_exporting():  # a choice by the number of tokens would confine an exported program
+        return "khatri_rao"
+    khatri_rao, dense = _costs(num_tokens, in_features, out_features, r1, r2)
+    return "dense" if dense < khatri_rao else "khatri_rao"
+
+
+def _costs(num_tokens, in_features, out_features, r1, r2) -> tuple[int, int]:
+    """Floating-point operations of the two plans beside the base layer's, weighted by how fast they run."""
     khatri_rao = 6 * num_tokens * r1 * r2 * (out_features + in_features)
-    dense = 2 * out_features * in_features * (num_tokens + _SKINNY_COST * 4 * (r1 + r2))
-    return ("dense" if dense < khatri_rao else "khatri_rao",
-            f"cost beside the base layer: khatri_rao {khatri_rao / 1e9:.2f} GFLOP, dense {dense / 1e9:.2f}")
+    return khatri_rao, 2 * out_features * in_features * (num_tokens + _SKINNY_COST * 4 * (r1 + r2))
 
 
+_DENSE_DTYPES = (torch.float32, torch.float64)
 # The dense plan's low-rank products run at half the rate of the large ones; measured on 2 cores with AVX-512 at 768x768,
 # 768x3072 and 2048x2048, r1 = r2 = 16 (benchmarks/results).
 _SKINNY_COST = 2
@@ -209,7 +220,7 @@ class _AbbaLinear(torch.autograd.Function):
         x2 = _flat(x)
         if weight is not None:
             ctx.dense = _choose_plan(x2.size(0), x2.size(1), b1.size(0), a1.size(0), a2.size(0), x.dtype, x.device.type,
-                                     plan)[0] == "dense"
+                                     plan) == "dense"
         else:
             ctx.dense = False
         if ctx.dense:
@@ -311,7 +322,7 @@ def _check_base(x, weight, bias, b1):
 def _check_factors(x, a1, b1, a2, b2, scale):
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # NaN neither; math.isfinite cannot be compiled for a symbolic scale
         raise ValueError(f"scale must be finite, got {scale}")
     if x.dim() == 0:
         raise ValueError("x must be [..., n], got a scalar")

@@ -48,7 +48,7 @@ class AbbaLayer:
         if self.training and self.abba_dropout > 0 and x.is_floating_point():  # ids of an embedding stay
             dropped = dropout(x, self.abba_dropout)
         elif self.abba_fused:
-            return abba_linear(x, bases.weight_matrix(self), self.bias, *factors, self.abba_scale,
+            return abba_linear(x, bases.weight_view(self), self.bias, *factors, self.abba_scale,
                                recompute_u=self.abba_recompute_u, plan=self.abba_plan)
         else:
             dropped = x

@@ -26,7 +26,7 @@ SITE = ROOT / "build" / "gpu_check"  # packages from the wheels
 SLOT = 570  # seconds for everything, unless --limit gives another number
 # Beside torch, transformers and pytest: what the build, the tests and the benchmarks use, and the oldest version that will do.
 PACKAGES = {"setuptools": "77", "pybind11": "2.13", "ninja": "1", "safetensors": "0.4.5", "accelerate": "1.1", "psutil": "0",
-            "peft": "0.18", "tqdm": "4", "hypothesis": "6", "sortedcontainers": "2", "pytest-xdist": "3", "execnet": "2",
+            "peft": "0.21", "tqdm": "4", "hypothesis": "6", "sortedcontainers": "2", "pytest-xdist": "3", "execnet": "2",
             "nvidia-cuda-nvdisasm": "12"}
 
 

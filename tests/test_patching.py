@@ -215,7 +215,7 @@ def test_merge_refuses_integer_weights_before_any_is_written():
     for layer in abba_ext.abba_layers(model).values():
         layer.abba_B2.data.normal_()
     before = model.layers[0].q_proj.weight.detach().clone()
-    with pytest.raises(TypeError, match="cannot merge into a weight that is Tensor torch.int8"):
+    with pytest.raises(TypeError, match="cannot merge into a weight that is Parameter torch.int8"):
         abba_ext.merge_and_unload(model)
     assert torch.equal(model.layers[0].q_proj.weight, before) and abba_ext.is_patched(model)
 
