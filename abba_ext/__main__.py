@@ -61,8 +61,8 @@ def merge(args: argparse.Namespace) -> int:
             bar.close()
             if not partial_folder(args.out).exists():
                 raise
-            print(f"abba-ext: interrupted; {partial_folder(args.out)} keeps what was merged: the same command goes on from there, "
-                  "or delete it", file=sys.stderr)
+            print(f"abba-ext: interrupted; {partial_folder(args.out)} keeps what was merged: the same command goes on from "
+                  "there, or delete it", file=sys.stderr)
             return _INTERRUPTED
     if not args.quiet:
         print(out)
@@ -104,21 +104,21 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    columns = ["parameters", "norm_A1", "norm_B1", "norm_A2", "norm_B2", "norm_update"]
-    columns += [key for key in ("norm_base", "ratio") if key in report["total"]]
-    header = ["layer", "r1", "r2", "s", "parameters", "‖A1‖", "‖B1‖", "‖A2‖", "‖B2‖", "‖ΔW‖", "‖W0‖", "‖ΔW‖/‖W0‖"][: 4 + len(columns)]
-    total = {"name": "total"} | report["total"]
-    rows = [[entry["name"], *(_cell(entry.get(key)) for key in ("r1", "r2", "scale", *columns))]
-            for entry in [*report["layers"], *report["trained"], total]]
+    names = {"name": "layer", "r1": "r1", "r2": "r2", "scale": "s", "parameters": "parameters", "norm_A1": "‖A1‖",
+             "norm_B1": "‖B1‖", "norm_A2": "‖A2‖", "norm_B2": "‖B2‖", "norm_update": "‖ΔW‖", "norm_base": "‖W0‖",
+             "ratio": "‖ΔW‖/‖W0‖"}
+    entries = [*report["layers"], *report["trained"], {"name": "total"} | report["total"]]
+    columns = [key for key in names if any(key in entry for entry in entries)]
+    header, rows = [names[key] for key in columns], [[_cell(entry.get(key)) for key in columns] for entry in entries]
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        for first, *others in [header, *rows]:
-            print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]))
+        for row in (header, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         return
-    table = Table(*header[:1], box=None)
+    table = Table(header[0], box=None)
     for name in header[1:]:
         table.add_column(name, justify="right")
     for row in rows:
@@ -126,9 +126,9 @@ def _print_report(report: dict[str, Any]) -> None:
     Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False).print(table)
 
 
-def _cell(value: float | None) -> str:
-    if value is None:
-        return ""
+def _cell(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
     return f"{value:,d}" if isinstance(value, int) else f"{value:.4g}"
 
 
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("adapter", help="folder or file of the adapter, in any format")
     command.add_argument("out", help="the new folder; it appears when all is written, and an interrupted merge can go on")
     command.add_argument("--safe", action="store_true", help="refuse a result that holds NaN or infinity")
-    command.add_argument("--force", action="store_true", help="replace a model folder that is there, once the new one is complete")
+    command.add_argument("--force", action="store_true", help="replace a model folder, once the new one is complete")
     command.add_argument("--quiet", action="store_true", help="no progress bar and no output")
     command.set_defaults(run=merge)
 
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("adapter", help="folder or file of the adapter")
     command.add_argument("out", help="the new folder")
     command.add_argument("--to", required=True, choices=("abba", "peft", "loha", "lora"))
-    command.add_argument("--from", dest="source", default="auto", help="format of the adapter, if it cannot be told from the files")
+    command.add_argument("--from", dest="source", default="auto", help="format of the adapter, where the files do not tell")
     command.add_argument("--rank", type=int, help="truncate a LoRA to this rank")
     command.add_argument("--scaling", type=_scaling, help="how s follows from α, or s, where the files do not say")
     command.add_argument("--dtype", choices=DTYPES, help="of the factors")

@@ -1,4 +1,5 @@
 """A Hugging Face model on disk: where its tensors lie in its safetensors files, and which parameter each of them is."""
+import contextlib
 import functools
 import json
 import os
@@ -61,8 +62,8 @@ class BaseCheckpoint:
 
     Raises:
         FileNotFoundError: There is no such folder, or no config.json, no safetensors weights or not all shards in it.
-        ValueError: The model is quantised or has an adapter in its folder; the index names a file that does not lie in the folder or does not agree with the
-            files; a file is damaged. The message names it.
+        ValueError: The model is quantised or has an adapter in its folder; the index names a file that does not lie in the
+            folder, or does not agree with the files; a file is damaged. The message names it.
     """
 
     def __init__(self, base: str | os.PathLike):
@@ -150,15 +151,12 @@ class BaseCheckpoint:
 def _find_folder(base: str | os.PathLike) -> Path:
     if os.path.isdir(base):
         return Path(base)
-    try:
+    with contextlib.suppress(ImportError, OSError, ValueError):  # no hub library, not in its cache, or no name of a model
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(os.fspath(base), local_files_only=True))
-    except ImportError:
-        pass
-    except (OSError, ValueError):  # not in the cache, or no name of a model
-        pass
-    raise FileNotFoundError(f"base: {os.fspath(base)!r} is neither a folder nor a model in the local hub cache; download it first")
+    raise FileNotFoundError(f"base: {os.fspath(base)!r} is neither a folder nor a model in the local hub cache; download it "
+                            "first")
 
 
 def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -198,8 +196,11 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return {key: StoredTensor(path.name, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
-            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])}
+    tensors = {}
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        tensors[key] = StoredTensor(path.name, entry["dtype"], tuple(entry["shape"]), 8 + length + start, 8 + length + stop)
+    return tensors
 
 
 def _read_json(path: Path) -> dict:

@@ -99,7 +99,7 @@ class AbbaTunerLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.abba_A1]
         if len(adapters) == 1 and self._is_fused(adapters[0]):
-            return abba_linear(x, bases.weight_matrix(self.base_layer), self.base_layer.bias, *self.factors(adapters[0]),
+            return abba_linear(x, bases.weight_view(self.base_layer), self.base_layer.bias, *self.factors(adapters[0]),
                                self.scaling[adapters[0]], recompute_u=self.recompute_u[adapters[0]])
         result = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
