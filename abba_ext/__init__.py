@@ -4,6 +4,7 @@ from .config import AbbaConfig
 from .formats import convert_adapter
 from .functional import KernelPlan, abba_linear, abba_update, kernel_plan
 from .layers import AbbaLayer, AbbaLinear
+from .merging import merge_checkpoint
 from .patching import (
     abba_layers,
     disable_adapter,
@@ -38,6 +39,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "merge_and_unload",
+    "merge_checkpoint",
     "patch_model",
     "print_trainable_parameters",
     "save_adapter",

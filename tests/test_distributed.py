@@ -18,8 +18,14 @@ def run(folder, strategy, *options, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(WORKER),
                strategy, str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-    assert done.returncode == 0, done.stderr[-4000:]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        output, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: it ends its workers
+        process.wait(60)
+        raise
+    assert process.returncode == 0, output[-4000:]
     return json.loads((folder / "losses.json").read_text()), load_file(folder / "adapter" / "adapter_model.safetensors")
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -77,7 +78,7 @@ def two_adapters(**kwargs):
 # --- registration ---
 
 
-def test_registration_in_a_fresh_interpreter():
+def test_registration_in_a_fresh_interpreter(tmp_path):
     program = """
 import copy, importlib, json, pickle
 import peft
@@ -103,19 +104,17 @@ except ImportError as error:
 else:
     raise AssertionError
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("stub, message", [
     ("sys.modules['peft'] = None", r"needs PEFT: pip install 'abba_ext\[peft\]'"),
     ("import types; sys.modules['peft'] = types.SimpleNamespace(__version__='0.20.1')", "needs PEFT 0.21 or newer, found 0.20.1"),
 ])
-def test_peft_missing_or_too_old(stub, message):
+def test_peft_missing_or_too_old(stub, message, tmp_path):
     done = subprocess.run([sys.executable, "-c", f"import sys; {stub}; import abba_ext.peft"], capture_output=True, text=True,
-                          timeout=120)
+                          timeout=120, cwd=tmp_path)
     assert done.returncode != 0 and "ImportError" in done.stderr
-    import re
-
     assert re.search(message, done.stderr), done.stderr
 
 

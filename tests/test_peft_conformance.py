@@ -64,7 +64,7 @@ def run(peft_tests, workplace, modules, **environment):
     """{test: (outcome, reason)}"""
     report = workplace / "report.json"
     report.unlink(missing_ok=True)
-    paths = [str(Path(__file__).parents[1]), str(HERE), *filter(None, sys.path)]
+    paths = [str(HERE), *filter(None, sys.path)]
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "ABBA_PEFT_REPORT": str(report),
                 **environment}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider", "-o", "addopts=", "-W",
