@@ -43,3 +43,23 @@ def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: 
     """y = x W0ᵀ + bias + s·(x A*ᵀ) B*ᵀ through materialised Khatri–Rao factors: what eager torch would run."""
     y = torch.nn.functional.linear(x, weight, bias)
     return y + expand(project(x, a1, a2), b1.t(), b2.t(), scale)
+
+
+def truncated_product(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of B A of a given rank (Eckart–Young), without forming B A.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A the singular values of B A are those of the small matrix R_B R_Aᵀ.
+
+    Args:
+        b: B [m, R].
+        a: A [R, n].
+        rank: k.
+
+    Returns:
+        B' [m, k] and A' [k, n], each column of B' and row of A' of equal norm; and ‖B A − B' A'‖_F/‖B A‖_F.
+    """
+    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.t())
+    u, sigma, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    root, norm = sigma[:rank].sqrt(), sigma.norm().item()
+    error = sigma[rank:].norm().item() / norm if norm > 0 else 0.0
+    return q_b @ (u[:, :rank] * root), root[:, None] * (v[:rank] @ q_a.t()), error

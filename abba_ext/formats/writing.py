@@ -14,7 +14,7 @@ from torch.nn.functional import pad as zero_pad
 from ..checkpoint import CONFIG_NAME, FORMAT, FORMAT_VERSION, WEIGHTS_NAME, replace_file, write_adapter
 from ..config import DTYPES
 from ..layers import FACTORS
-from ..reference import khatri_rao
+from ..reference import khatri_rao, truncated_product
 from .adapter import LOHA_FACTORS, PEFT_PREFIX, Adapter, LayerFactors, as_pattern, config_of
 
 WRITE_FORMATS = ("abba", "peft", "loha", "lora")
@@ -175,7 +175,7 @@ def _write_lora(adapter: Adapter, folder: str, rank: int | None, dtype: torch.dt
 def lora_factors(layer: LayerFactors, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
     """The layer as a LoRA, ΔW = B A: by Theorem 1 A = A* and B = s·B*, or the best approximation of a lower rank.
 
-    No m×n matrix is formed: with B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of ΔW are those of the small R_B R_Aᵀ.
+    No m×n matrix is formed.
 
     Args:
         layer: Factors of ranks r1 and r2; R = r1·r2.
@@ -190,13 +190,8 @@ def lora_factors(layer: LayerFactors, rank: int | None = None) -> tuple[Tensor, 
         norm_a, norm_b = a.norm(dim=1), b.norm(dim=0)
         ratio = torch.where((norm_a > 0) & (norm_b > 0), (norm_b / norm_a).sqrt(), 1.0)
         return a * ratio[:, None], b / ratio, 0.0
-    q_a, r_a = torch.linalg.qr(a.t())
-    q_b, r_b = torch.linalg.qr(b)
-    u, sigma, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
-    root = sigma[:rank].sqrt()
-    norm = sigma.norm().item()
-    error = sigma[rank:].norm().item() / norm if norm > 0 else 0.0
-    return root[:, None] * (v[:rank] @ q_a.t()), q_b @ (u[:, :rank] * root), error
+    b, a, error = truncated_product(b, a, rank)
+    return a, b, error
 
 
 def _save_heads(adapter: Adapter, state: dict[str, Tensor]) -> list[str] | None:

@@ -13,7 +13,7 @@ from .. import bases
 from ..config import AbbaConfig
 from ..layers import FACTORS
 from ..patching import find_targets
-from ..reference import khatri_rao
+from ..reference import khatri_rao, truncated_product
 from .config import AbbaPeftConfig
 from .layer import AbbaTunerLayer, AbbaTunerLinear, ParamWrapper
 
@@ -155,7 +155,7 @@ class AbbaModel(BaseTuner):
             rank = svd_rank or max(layer.abba_A1[adapter].size(0) * layer.abba_A2[adapter].size(0)
                                    for layer in self._layers(*adapters).values() for adapter in adapters
                                    if adapter in layer.abba_A1)
-            products = {name: _truncated(*product, rank) for name, product in products.items()}
+            products = {name: truncated_product(*product, rank)[:2] for name, product in products.items()}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]], r=None, r1=1, r2=1, scaling=1.0, alpha_pattern={}, init_weights="random",
             rank_pattern={re.escape(name): (a1.size(0), 1) for name, (_, a1) in products.items()},
@@ -210,11 +210,3 @@ def _combined(layer: AbbaTunerLayer, adapters: list[str], weights: list[float]) 
             columns.append(weight * layer.scaling[adapter] * khatri_rao(b1.t(), b2.t()).t())
             rows.append(khatri_rao(a1, a2))
     return torch.cat(columns, dim=1), torch.cat(rows)
-
-
-def _truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of B A of that rank (Eckart–Young), from the QR decompositions of B [m, R] and Aᵀ [n, R]."""
-    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(b), torch.linalg.qr(a.t())
-    u, sigma, vh = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
-    root = sigma[:rank].sqrt()
-    return q_b @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ q_a.t()
