@@ -1,24 +1,30 @@
-"""Faults on purpose: processes killed while they write, and damaged adapter files. Counts what was survived or refused.
+"""Faults on purpose and long runs: processes killed while they write, damaged files, thousands of steps, merges and swaps.
 
-    python tests/faults.py --kills 200 --mutations 1000 --seed 0
+Each function raises AssertionError where a guarantee is broken, and returns the counts of what it did: few of everything in
+test_faults.py, many in robustness.py.
 """
-import argparse
+import gc
 import json
 import os
 import random
 import signal
-import tempfile
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import abba_ext
 from abba_ext.checkpoint import WEIGHTS_NAME, read_adapter
-from abba_ext.formats import convert_adapter
+from abba_ext.formats import WRITE_FORMATS, convert_adapter
 
 SIZE = 128
 
@@ -31,6 +37,9 @@ def tiny_model(value: float = 0.0) -> nn.Module:
         for tensor in abba_ext.adapter_state_dict(model).values():
             tensor.fill_(value)
     return model
+
+
+# --- kills ---
 
 
 def kill_while(work: Callable[[], None], check: Callable[[], str], kills: int, rng: random.Random, longest: float) -> Counter:
@@ -75,26 +84,59 @@ def kills_of_save(kills: int, seed: int, folder: Path) -> Counter:
     return kill_while(work, check, kills, random.Random(seed), 0.03)
 
 
+def contents(folder: Path) -> dict[str, object]:
+    """What the files of a folder hold; of safetensors files, whose headers have no fixed order, the tensors."""
+    return {path.name: {name: value.numpy().tobytes() for name, value in load_file(path).items()} if path.suffix == ".safetensors"
+            else path.read_bytes() for path in folder.iterdir()}
+
+
 def kills_of_conversion(kills: int, seed: int, folder: Path) -> Counter:
-    """Converts into new folders: each is whole or not there."""
+    """Converts into new folders, to each format in turn: each is whole or not there."""
     abba_ext.save_adapter(tiny_model(0.5), folder / "source")
-    convert_adapter(folder / "source", folder / "whole", to="peft")
-    whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
+    whole = {}
+    for to in WRITE_FORMATS:
+        convert_adapter(folder / "source", folder / to, to=to)
+        whole[to] = contents(folder / to)
     numbers = iter(range(1 << 30))
 
     def work():
-        convert_adapter(folder / "source", folder / f"out{next(numbers)}", to="peft")
+        number = next(numbers)
+        to = WRITE_FORMATS[number % len(WRITE_FORMATS)]
+        convert_adapter(folder / "source", folder / f"out-{to}-{number}", to=to)
 
     def check():
-        made = sorted(folder.glob("out*"))
+        made = sorted(folder.glob("out-*"))
         for path in made:
-            assert {file.name: file.read_bytes() for file in path.iterdir()} == whole, f"{path} is not whole"
+            assert contents(path) == whole[path.name.split("-")[1]], f"{path} is not whole"
             for file in path.iterdir():
                 file.unlink()
             path.rmdir()
         return "some" if made else "none"
 
     return kill_while(work, check, kills, random.Random(seed), 0.05)
+
+
+def kills_of_merge(kills: int, seed: int, folder: Path) -> dict[str, int]:
+    """Kills merges of a checkpoint of many shards at random moments; the last may finish, and has to be right in every bit."""
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+                         pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder / "base", max_shard_size="20KB")
+    model = abba_ext.patch_model(LlamaForCausalLM.from_pretrained(folder / "base"), abba_ext.AbbaConfig(r1=3, r2=5, init="random"))
+    for layer in abba_ext.abba_layers(model).values():
+        nn.init.normal_(layer.abba_B2, std=0.3)
+    abba_ext.save_adapter(model, folder / "adapter")
+    command = [sys.executable, Path(__file__).parent / "merge_worker.py", "kill", folder / "base", folder / "adapter", folder / "out",
+               str(kills), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    merged = dict(LlamaForCausalLM.from_pretrained(folder / "out").named_parameters())
+    for name, value in abba_ext.merge_and_unload(model).named_parameters():
+        assert torch.equal(merged[name], value), f"{name} was merged wrong"
+    return report
+
+
+# --- damaged files ---
 
 
 def mutate(original: bytes, rng: random.Random) -> tuple[str, bytes]:
@@ -146,26 +188,70 @@ def mutations(count: int, seed: int, folder: Path) -> Counter:
     return outcomes
 
 
-def run(kills: int, count: int, seed: int) -> dict[str, dict[str, int]]:
-    """Every kind of fault; the counts by kind and outcome."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process has no worker threads
+# --- long runs ---
+
+
+def steps(count: int) -> dict[str, int]:
+    """Training steps of a small model: the growth of resident memory after the first tenth of them."""
+    torch.manual_seed(0)
+    model = abba_ext.patch_model(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), abba_ext.AbbaConfig(r=8))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    x = torch.randn(16, 32)
+    process, sizes = psutil.Process(), []
+    for step in range(count):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % (count // 10) == 0:
+            gc.collect()
+            sizes.append(process.memory_info().rss)
+    growth = sizes[-1] - sizes[0]
+    assert growth < 2 << 20, f"resident bytes after each tenth of the steps: {sizes}"
+    return {"steps": count, "bytes grown": growth}
+
+
+def merges(count: int) -> dict[str, int]:
+    """Merges and unmerges of bfloat16 weights, which must come back bit for bit each time."""
+    model = abba_ext.patch_model(nn.Sequential(nn.Linear(48, 40), nn.Linear(40, 8)).bfloat16(), abba_ext.AbbaConfig(r=8))
+    nn.init.normal_(model[0].abba_B2)
+    weights, adapted = [layer.weight.detach().clone() for layer in model], model[0].merged_weight()
+    for _ in range(count):
+        abba_ext.merge(model)
+        assert torch.equal(model[0].weight, adapted)
+        abba_ext.unmerge(model)
+        assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, weights, strict=True))
+    return {"merges": count}
+
+
+def swaps(count: int, folder: Path) -> dict[str, int]:
+    """Loads two adapters in turn while another thread infers: each of its outputs must lie between the two adapters'."""
+    model = abba_ext.patch_model(nn.Sequential(nn.Linear(24, 16)), abba_ext.AbbaConfig(r1=1, r2=1, init="random"))
+    x, outputs = torch.randn(4, 24), {}
+    for value in (1.0, 2.0):
+        nn.init.constant_(model[0].abba_B2, value)
+        abba_ext.save_adapter(model, folder / str(value))
+        with torch.no_grad():
+            outputs[value] = model(x)
+    low, high = torch.minimum(*outputs.values()) - 1e-5, torch.maximum(*outputs.values()) + 1e-5
+    seen, wrong, stop = Counter(), [], threading.Event()
+
+    def infer():
+        while not stop.is_set():
+            with torch.no_grad():
+                y = model(x)
+            seen["inferences"] += 1
+            if not ((low <= y) & (y <= high)).all():
+                wrong.append(y)
+
+    thread = threading.Thread(target=infer)
+    thread.start()
     try:
-        results = {}
-        for name, faults, number in (("kills of save_adapter", kills_of_save, kills),
-                                     ("kills of convert_adapter", kills_of_conversion, kills),
-                                     ("damaged adapters", mutations, count)):
-            with tempfile.TemporaryDirectory() as folder:
-                results[name] = dict(faults(number, seed, Path(folder)))
-        return results
+        for turn in range(count):
+            abba_ext.load_adapter(model, folder / str((1.0, 2.0)[turn % 2]))
     finally:
-        torch.set_num_threads(threads)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--mutations", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    print(json.dumps(run(options.kills, options.mutations, options.seed)))
+        stop.set()
+        thread.join()
+    assert not wrong, f"{len(wrong)} outputs are of neither adapter: {wrong[0]}"
+    with torch.no_grad():
+        assert torch.equal(model(x), outputs[(1.0, 2.0)[(count - 1) % 2]])
+    return {"swaps": count, **seen}

@@ -25,9 +25,9 @@ def start(base, adapter, out):
     return child
 
 
-def kill(base, adapter, out, kills):
+def kill(base, adapter, out, kills, seed):
     """Kills merges at random moments and checks what is there; the last one may finish. Prints how many shards were resumed."""
-    work, generator = partial_folder(out) / "model", random.Random(0)
+    work, generator = partial_folder(out) / "model", random.Random(seed)
     shards = len(list(Path(base).glob("*.safetensors")))
     BaseCheckpoint(base).model  # imports what every process will need
     begin = time.perf_counter()
@@ -40,7 +40,7 @@ def kill(base, adapter, out, kills):
         for path in sorted(Path(out).glob("*"), reverse=True):
             path.unlink() if path.is_file() else [*map(os.unlink, path.iterdir()), path.rmdir()]
         child = start(base, adapter, out)
-        time.sleep(generator.uniform(0.3, 0.95) * duration)
+        time.sleep(generator.random() * duration)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         complete = Path(out, "config.json").exists()

@@ -239,19 +239,6 @@ def work(*arguments):
                           timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_kills_at_random_moments_leave_nothing_or_everything(tmp_path):
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=6,
-                                      num_attention_heads=4, pad_token_id=0)
-    base = save_base(transformers.LlamaForCausalLM(config), tmp_path / "base", "20KB")
-    model = save_adapter(base, tmp_path / "adapter")
-    result = work("kill", base, tmp_path / "adapter", tmp_path / "out", "12")
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout.splitlines()[-1])
-    assert report["kills"] == 12 and report["resumed"] >= 12, report
-    assert not (partial_folder(tmp_path / "out") / "model").exists()
-    assert_same_weights(tmp_path / "out", abba_ext.merge_and_unload(model))
-
-
 def interrupt_after(shards, monkeypatch, error=KeyboardInterrupt):
     """Makes writing shards fail after some of them."""
     write, count = merging._write_shard, iter(range(shards))
@@ -389,6 +376,27 @@ def test_force_replaces_only_after_success(tiny, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device; what was merged so far is in"):
         merge_checkpoint(base, adapter, tmp_path / "out", force=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
+
+
+def test_force_interrupted_between_its_two_renames_is_completed_by_the_next_run(tiny, tmp_path, monkeypatch):
+    base, adapter, _ = tiny
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    model = save_adapter(base, adapter, seed=2)
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if target == tmp_path / "out":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", interrupted)
+        merge_checkpoint(base, adapter, tmp_path / "out", force=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / ".out.old").iterdir() if path.is_file()} == before
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
+    assert_same_weights(tmp_path / "out", abba_ext.merge_and_unload(model))
 
 
 def test_refused_destinations(tiny, tmp_path):
