@@ -1,6 +1,7 @@
 # make demo    fine-tunes a real model on real data, in a fresh virtual environment; results in demo_output/
 # make test    runs the test suite, in a fresh virtual environment (two processes share the cores, so waiting threads must not spin)
-# make bench   times one layer against its alternatives, with the Python at hand
+# make bench   times the operators, one layer and a whole model against their alternatives, with the Python at hand
+# make robustness   kills, damaged files, random calls and long runs; rewrites the README's table, with the Python at hand
 # make gpu-check OUT=dir   everything that needs a GPU, in ten minutes and without a network, with the Python at hand:
 #              build, tests, compute-sanitizer, benchmarks. WHEELS=folder for packages that are missing
 # make clean   removes what these and a build leave behind
@@ -20,7 +21,7 @@ export PIP_CONSTRAINT := build_support/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL = bin/python -m pip install --quiet
 
-.PHONY: demo test bench gpu-check clean
+.PHONY: demo test bench robustness gpu-check clean
 
 demo:
 	$(PYTHON) -m venv --clear .venv-demo
@@ -37,7 +38,12 @@ test:
 	OMP_WAIT_POLICY=passive .venv-test/bin/pytest $(PYTEST_ARGS)
 
 bench:
+	$(PYTHON) benchmarks/bench_ops.py $(BENCH_ARGS)
 	$(PYTHON) benchmarks/bench_layer.py $(BENCH_ARGS)
+	$(PYTHON) benchmarks/bench_train.py $(BENCH_ARGS)
+
+robustness:
+	OMP_WAIT_POLICY=passive $(PYTHON) tests/robustness.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)") $(GPU_CHECK_ARGS)

@@ -14,16 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 from harness import TOLERANCE, relative_error
-from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
+from peft import HiraConfig, LoHaConfig, LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from abba_ext import abba_linear, kernel_plan, reference
-
-try:
-    from peft import HiraConfig
-except ImportError:  # peft < 0.21
-    HiraConfig = None
 
 SCALE = 0.5
 
@@ -107,14 +102,14 @@ def _lora_weight(weight: Tensor, p: dict[str, Tensor]) -> Tensor:
     return weight + SCALE * p["b"] @ p["a"]
 
 
-class _InPlaceLora(torch.autograd.Function):
-    """y = x W0ᵀ + s·(x Aᵀ) Bᵀ, the update added into the base product's fresh output; likewise dx."""
+class InPlaceLora(torch.autograd.Function):
+    """y = x W0ᵀ + bias + s·(x Aᵀ) Bᵀ, the update added into the base product's fresh output; likewise dx. x [T, n]."""
 
     @staticmethod
-    def forward(ctx, x, weight, a, b, scale):
+    def forward(ctx, x, weight, bias, a, b, scale):
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         u = x @ a_cast.t()
-        y = linear(x, weight)
+        y = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y.addmm_(u, b_cast.t(), alpha=scale)
         ctx.save_for_backward(x, weight, a, b, u)
         ctx.scale = scale
@@ -126,17 +121,17 @@ class _InPlaceLora(torch.autograd.Function):
         du = dy @ b.to(x.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight
+            dx = dy @ weight.to(x.dtype)
             dx.addmm_(du, a.to(x.dtype), alpha=ctx.scale)
         da = (ctx.scale * (du.t() @ x)).to(a.dtype)
         db = (ctx.scale * (dy.t() @ u)).to(b.dtype)
-        return dx, None, da, db, None
+        return dx, None, None, da, db, None
 
 
 def build_lora_inplace(problem: Problem) -> Layer:
     """LoRA as one autograd node with addmm into the base output: the technique of Unsloth and Axolotl."""
     p = _parameters(problem.lora)
-    return Layer(lambda x: _InPlaceLora.apply(x, problem.weight, p["a"], p["b"], SCALE), p, _lora_weight)
+    return Layer(lambda x: InPlaceLora.apply(x, problem.weight, None, p["a"], p["b"], SCALE), p, _lora_weight)
 
 
 # --- PEFT ---
@@ -158,11 +153,31 @@ def _peft_layer(module: nn.Module, values: dict[str, tuple[Tensor, Tensor]], eff
     return Layer(module, {name: parameter for name, (parameter, _) in values.items()}, effective_weight)
 
 
-def build_lora_peft(problem: Problem) -> Layer:
-    """PEFT LoRA."""
-    module = _inject(LoraConfig(r=problem.rank, lora_alpha=SCALE * problem.rank, target_modules=["layer"]), problem)
+def _lora_layer(config: LoraConfig, problem: Problem) -> Layer:
+    module = _inject(config, problem)
     return _peft_layer(module, {"a": (module.lora_A["default"].weight, problem.lora["a"]),
                                 "b": (module.lora_B["default"].weight, problem.lora["b"])}, _lora_weight)
+
+
+def build_lora_peft(problem: Problem) -> Layer:
+    """PEFT LoRA."""
+    return _lora_layer(LoraConfig(r=problem.rank, lora_alpha=SCALE * problem.rank, target_modules=["layer"]), problem)
+
+
+def build_rslora_peft(problem: Problem) -> Layer:
+    """PEFT rsLoRA: LoRA with s = α/√r."""
+    return _lora_layer(LoraConfig(r=problem.rank, lora_alpha=SCALE * math.sqrt(problem.rank), use_rslora=True,
+                                  target_modules=["layer"]), problem)
+
+
+def build_pissa_peft(problem: Problem) -> Layer:
+    """PEFT PiSSA: W = W0 − s·B₀A₀ + s·BA, with s·B₀A₀ the best rank-r approximation of W0; not in float64, by PEFT."""
+    module = _inject(LoraConfig(r=problem.rank, lora_alpha=SCALE * problem.rank, init_lora_weights="pissa",
+                                target_modules=["layer"]), problem)
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    principal = SCALE * b.detach().double() @ a.detach().double()
+    return _peft_layer(module, {"a": (a, problem.lora["a"]), "b": (b, problem.lora["b"])},
+                       lambda weight, p: _lora_weight(weight - principal, p))
 
 
 def build_dora_peft(problem: Problem) -> Layer:
@@ -191,8 +206,6 @@ def build_loha_peft(problem: Problem) -> Layer:
 
 def build_hira_peft(problem: Problem) -> Layer:
     """PEFT HiRA: W = W0 ⊙ (1 + BA), formed dense in every forward."""
-    if HiraConfig is None:
-        raise ImportError("hira_peft needs peft >= 0.21")
     module = _inject(HiraConfig(r=problem.rank, target_modules=["layer"]), problem)
     n = problem.weight.size(1)
     return _peft_layer(module, {"a": (module.hira_A["default"], problem.lora["a"]),
@@ -259,6 +272,8 @@ METHODS = {
     "lora_peft": Method(build_lora_peft, "LoRA (PEFT)"),
     "lora_peft_compile": Method(build_lora_peft_compile, "LoRA (PEFT, torch.compile)"),
     "lora_inplace": Method(build_lora_inplace, "LoRA (in-place addmm)"),
+    "rslora_peft": Method(build_rslora_peft, "rsLoRA (PEFT)"),
+    "pissa_peft": Method(build_pissa_peft, "PiSSA (PEFT)"),
     "dora_peft": Method(build_dora_peft, "DoRA (PEFT)"),
     "hira_peft": Method(build_hira_peft, "HiRA (PEFT)"),
     "loha_peft": Method(build_loha_peft, "LoHa (PEFT)"),
@@ -279,7 +294,7 @@ def errors(layer: Layer, problem: Problem) -> tuple[float, float]:
     grads = torch.autograd.grad(y, leaves, problem.dy)
 
     x, *values = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    weight = layer.effective_weight(problem.weight.double(), dict(zip(layer.parameters, values)))
+    weight = layer.effective_weight(problem.weight.double(), dict(zip(layer.parameters, values, strict=True)))
     want = linear(x, weight)
     want_grads = torch.autograd.grad(want, [x, *values], problem.dy.double())
     return relative_error(y.detach(), want.detach()), max(map(relative_error, grads, want_grads))

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 from baselines import METHODS, Problem, make_problem, verify
-from harness import (MODES, Step, device_name, metadata, peak_memory, slug, table, time_interleaved, write_csv,
-                     write_json)
+from harness import MODES, Step, device_name, metadata, peak_memory, slug, table, time_interleaved, write_csv, write_json
 from shapes import DTYPES, Case, Grid, default_grid, parse_shape
 from tqdm import tqdm
 
-DEFAULT_METHODS = ("base", "lora_peft", "lora_inplace", "loha_peft", "abba_eager", "abba_ext")
+DEFAULT_METHODS = ("base", "lora_peft", "lora_inplace", "dora_peft", "hira_peft", "loha_peft", "abba_eager", "abba_ext")
 QUICK_METHODS = ("base", "lora_peft", "loha_peft", "abba_eager", "abba_ext")
 REFERENCES = ("abba_eager", "loha_peft", "lora_peft")  # the printed ratios of abba_ext
 ROW_METADATA = ("device", "device_type", "threads", "torch", "peft", "abba_ext", "commit")
@@ -36,7 +35,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, metavar="T")
     parser.add_argument("--ranks", nargs="+", type=int, metavar="R", help="LoRA's r; ABBA and LoHa have r/2 + r/2")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"])
     parser.add_argument("--mode", choices=MODES, default="full")
     parser.add_argument("--budget", type=float, metavar="SECONDS",
                         help="timing of all cases together, shared out by their FLOPs (default: 75 with --quick, else "
@@ -46,8 +45,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     default = default_grid(torch.device(options.device).type, options.quick)
     options.grid = Grid(*(tuple(given) if given else value for given, value in
-                          zip((options.shapes, options.tokens, options.ranks, options.dtypes), default)))
+                          zip((options.shapes, options.tokens, options.ranks, options.dtypes), default, strict=True)))
     options.methods = options.methods or (QUICK_METHODS if options.quick else DEFAULT_METHODS)
+    if "all" in options.methods:
+        options.methods = tuple(METHODS)
     options.budget = options.budget or (75 if options.quick else len(options.grid.cases()) * len(options.methods))
     options.out = options.out or Path(__file__).parent / "results" / slug(device_name(torch.device(options.device)))
     return options
@@ -101,9 +102,10 @@ def summary(rows: list[dict], methods: tuple[str, ...]) -> str:
     for key, by_method in cases.items():
         case = Case(*key)
         head = [case.dtype, case.layer, str(case.tokens), str(case.rank)]
-        ratio = lambda name, field: by_method["abba_ext"][field] / by_method[name][field]  # noqa: E731
+        ratios = {name: [by_method["abba_ext"][field] / by_method[name][field] for field in ("median_ms", "min_ms")]
+                  for name in references}
         times.append(head + [f"{by_method[name]['median_ms']:.2f}" for name in methods]
-                     + [f"{ratio(name, 'median_ms'):.2f} ({ratio(name, 'min_ms'):.2f})" for name in references]
+                     + ["{:.2f} ({:.2f})".format(*ratios[name]) for name in references]
                      + [by_method[name]["note"] for name in methods if name == "abba_ext"])
         memory.append(head + [f"{by_method[name]['peak_bytes'] / MIB:.1f}" for name in methods])
         accuracy.append(head + [f"{by_method[name]['output_error']:.0e}/{by_method[name]['grad_error']:.0e}"
@@ -129,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = options.grid.cases()
     costs = [case.base_flops() * _DTYPE_COST[case.dtype] + _CASE_FLOPS for case in cases]
     rows = []
-    progress = tqdm(list(zip(cases, costs)), unit="case", file=sys.stderr)
+    progress = tqdm(list(zip(cases, costs, strict=True)), unit="case", file=sys.stderr)
     for case, cost in progress:
         progress.set_postfix_str(f"{case.dtype} {case.layer} T={case.tokens} r={case.rank}")
         rows += run_case(case, options.methods, options.mode, options.budget * cost / sum(costs), device)

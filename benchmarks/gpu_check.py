@@ -188,6 +188,9 @@ def groups_of_steps(options: argparse.Namespace, has_gpu: bool) -> list[list[Ste
     small = ["--shapes", "64x96", "--tokens", "16", "--ranks", "8", "--dtypes", "bf16", "--budget", "1"] if rehearse else []
     layer = small or ["--shapes", "4096x4096", "4096x14336", "--tokens", "64", "2048", "8192", "--ranks", "32", "--budget", "25",
                       "--methods", "base", "lora_peft", "lora_inplace", "abba_eager", "abba_ext"]
+    train = ["--methods", "base", "lora", "lora_inplace", "abba_eager", "abba"]
+    if rehearse:
+        train += ["--layers", "1", "--batch", "1", "--length", "8", "--rank", "8", "--dtypes", "bf16", "--rounds", "1"]
 
     def benchmark(name: str, script: str, arguments: list[str], limit: float) -> Step:
         if not has_gpu and not rehearse:
@@ -207,6 +210,7 @@ def groups_of_steps(options: argparse.Namespace, has_gpu: bool) -> list[list[Ste
          *sanitizer_steps(has_gpu)],
         [benchmark("bench_ops", "bench_ops.py", small, 90)],
         [benchmark("bench_layer", "bench_layer.py", layer, 90)],
+        [benchmark("bench_train", "bench_train.py", train, 60)],
     ]
 
 
@@ -258,7 +262,8 @@ def report(steps: list[Step], out: Path) -> str:
         if step.name.startswith("bench_") and step.status == "passed":
             parts.append("\n".join(log.splitlines()[1:]))
         elif step.status != "passed":
-            failures = re.findall(r"^(?:FAILED|ERROR) .*|^=+ (?:Error|Warning|Invalid|Uninit|Barrier|Program hit).*", log, re.M)[:12]
+            failures = re.findall(r"^(?:FAILED|ERROR) .*|^=+ (?:Error|Warning|Invalid|Uninit|Barrier|Program hit).*", log,
+                                  re.M)[:12]
             parts.append("\n".join([f"{step.name}, from {out / step.log}:", *(line[:200] for line in failures or
                                                                               log.splitlines()[-8:])]))
     width = max(len(step.name) for step in steps)

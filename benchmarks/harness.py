@@ -282,7 +282,8 @@ def metadata(device: torch.device) -> dict[str, Any]:
     return {"device": device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
             "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
             "commit": commit(), "abba_ext": abba_ext.__version__, "torch": torch.__version__, "peft": version("peft"),
-            "python": platform.python_version(), "cuda": torch.version.cuda if device.type == "cuda" else "",
+            "transformers": version("transformers"), "python": platform.python_version(),
+            "cuda": torch.version.cuda if device.type == "cuda" else "",
             "platform": platform.system() + " " + platform.machine(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
@@ -311,5 +312,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Columns of right-aligned text."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+                     for row in [header, *rows])

@@ -2,8 +2,8 @@
 
     python benchmarks/plot.py [benchmarks/results/<device-name>]
 
-Without a folder it takes the results measured last. Writes layer.png beside layer.csv, and replaces what stands between
-<!-- bench:begin --> and <!-- bench:end --> in the README, and between <!-- demo:begin --> and <!-- demo:end -->, if it has
+Without a folder it takes the results measured last. Writes layer.png beside layer.csv and train.png beside train.csv, and
+replaces what stands between <!-- bench:begin --> and <!-- bench:end --> in the README, likewise "train" and "demo", if it has
 these markers. The demo's results are what examples/finetune_commonsense.py wrote with --output <folder>/demo/<method>.
 """
 import argparse
@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import matplotlib
+import model_methods
 from baselines import METHODS
 from harness import read_csv
 from shapes import Case
@@ -23,8 +24,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 COLOURS = {"lora_peft": "#9ecae1", "lora_inplace": "#4292c6", "loha_peft": "#fdae6b", "abba_eager": "#bdbdbd",
            "abba_ext": "#d7301f"}
 OTHER_COLOURS = ("#c7e9c0", "#74c476", "#dadaeb", "#9e9ac8", "#e7cb94", "#636363")
+TRAIN_COLOURS = {"base": "#525252", "lora": "#9ecae1", "lora_inplace": "#4292c6", "loha": "#fdae6b", "abba_eager": "#bdbdbd",
+                 "abba": "#d7301f"}
 MODE_NAMES = {"full": "training step", "forward": "forward", "backward": "backward"}
 MIB = 2**20
+GIB = 2**30
+DISTURBED = 0.05  # share of a run that threads waited for a core, from which on it is told
 
 ByCase = dict[Case, dict[str, dict[str, str]]]
 
@@ -56,8 +61,8 @@ def draw(cases: ByCase, path: Path) -> None:
     figure, axes = plt.subplots(len(dtypes), len(layers), sharey="row", squeeze=False, layout="constrained",
                                 figsize=(width, height))
     bar = 0.84 / len(names)
-    for dtype, row in zip(dtypes, axes):
-        for layer, ax in zip(layers, row):
+    for dtype, row in zip(dtypes, axes, strict=True):
+        for layer, ax in zip(layers, row, strict=True):
             chosen = [(case, methods) for case, methods in cases.items() if (case.dtype, case.layer) == (dtype, layer)]
             for i, name in enumerate(names):
                 ax.bar([group + (i + 0.5) * bar - 0.42 for group in range(len(chosen))],
@@ -90,17 +95,91 @@ def table(cases: ByCase) -> str:
         cells = [f"{relative_time(methods, name):.2f}×, {extra[name]:+.1f} MiB" for name in names]
         lines.append(f"| {case.dtype} | {case.layer} | {case.tokens} | {float(methods['base']['median_ms']):.2f} | "
                      + " | ".join(cells) + " |")
-    commit = f", commit {first['commit']}" if first["commit"] else ""
-    threads = f", {first['threads']} threads" if "cuda" not in first["device_type"] else ""
     return "\n".join([*lines, "", f"{MODE_NAMES[first['mode']].capitalize()} of one layer (T tokens, equal parameter "
                       f"budget r = {first['rank']}): time relative to the frozen layer, and peak memory beyond it. "
-                      f"{first['device']}{threads}, torch {first['torch']}, peft {first['peft']}{commit}."])
+                      + setting(first)])
+
+
+# --- the whole model ---
+
+
+def train_cases(rows: list[dict[str, str]]) -> dict[tuple[str, ...], dict[str, dict[str, str]]]:
+    """The rows as {case: {method: row}}, in the order of the file."""
+    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        key = tuple(row[field] for field in ("size", "layers", "batch", "length", "rank", "dtype", "adapter_dtype",
+                                             "checkpointing"))
+        cases.setdefault(key, {})[row["method"]] = row
+    return cases
+
+
+def train_title(row: dict[str, str]) -> str:
+    """What distinguishes a case from the others of its file."""
+    return f"{row['dtype']}, {row['batch']}×{row['length']}" + (", checkpointing" if row["checkpointing"] == "True" else "")
+
+
+def train_model(row: dict[str, str]) -> str:
+    """The model of a row, in words."""
+    return f"Llama of {row['size']} geometry, {row['layers']} layers"
+
+
+def draw_train(rows: list[dict[str, str]], path: Path) -> None:
+    """Tokens per second and peak memory as bars per method: a row of two panels per case."""
+    cases = list(train_cases(rows).values())
+    names = list(cases[0])
+    spare = iter(OTHER_COLOURS)
+    colours = [TRAIN_COLOURS.get(name) or next(spare, "#000000") for name in names]
+    labels = [model_methods.METHODS[name].label for name in names]
+    figure, axes = plt.subplots(len(cases), 2, squeeze=False, layout="constrained", sharey=True,
+                                figsize=(9, len(cases) * (0.26 * len(names) + 0.6) + 0.5))
+    panels = (("tokens_per_s", 1, "tokens/s", "{:.0f}"), ("peak_bytes", GIB, "peak memory, GiB", "{:.2f}"))
+    axes[0][0].invert_yaxis()
+    for methods, pair in zip(cases, axes, strict=True):
+        for ax, (field, unit, label, number) in zip(pair, panels, strict=True):
+            bars = ax.barh(labels, [float(methods[name][field]) / unit for name in names], 0.78, color=colours, zorder=2)
+            ax.bar_label(bars, fmt=number, padding=2, fontsize=8)
+            ax.set_xlabel(label, fontsize=9)
+            ax.margins(x=0.12)
+            ax.grid(axis="x", linewidth=0.4, zorder=0)
+            ax.spines[["top", "right"]].set_visible(False)
+        pair[0].set_title(train_title(methods[names[0]]), fontsize=10, loc="left")
+    first = rows[0]
+    figure.suptitle(f"Training step of a {train_model(first)}, r = {first['rank']}; {first['device']}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def train_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: tokens per second and peak memory in GiB, a line per method and a column per case."""
+    cases = list(train_cases(rows).values())
+    titles = [train_title(next(iter(methods.values()))) for methods in cases]
+    lines = ["| method | trained parameters | " + " | ".join(titles) + " |", "|---" * (2 + len(cases)) + "|"]
+    for name, row in cases[0].items():
+        cells = [f"{float(methods[name]['tokens_per_s']):.0f}/s, {int(methods[name]['peak_bytes']) / GIB:.2f} GiB"
+                 for methods in cases]
+        lines.append(f"| {model_methods.METHODS[name].label} | {int(row['trainable']):,} | " + " | ".join(cells) + " |")
+    first = rows[0]
+    waited = max(float(row["wait_share"]) for row in rows)
+    disturbed = f" Other processes disturbed it: for {waited:.0%} of the time a thread waited for a core."
+    return "\n".join([*lines, "", f"Training step (forward, backward, AdamW) of a {train_model(first)}, equal parameter budget "
+                      f"r = {first['rank']}: tokens per second, and peak memory with weights, gradients and optimizer state. "
+                      + setting(first) + disturbed * (waited > DISTURBED)])
+
+
+def setting(row: dict[str, str]) -> str:
+    """Device, versions and commit of a row."""
+    commit = f", commit {row['commit']}" if row["commit"] else ""
+    threads = f", {row['threads']} threads" if row["device_type"] != "cuda" else ""
+    return f"{row['device']}{threads}, torch {row['torch']}, peft {row['peft']}{commit}."
+
+
+# --- files ---
 
 
 def newest_results() -> Path | None:
-    """The folder in benchmarks/results whose layer.csv was written last."""
-    files = Path(__file__).parent.glob("results/*/layer.csv")
-    return max((file.parent for file in files), key=lambda folder: (folder / "layer.csv").stat().st_mtime, default=None)
+    """The folder in benchmarks/results whose layer.csv or train.csv was written last."""
+    files = [file for name in ("layer", "train") for file in Path(__file__).parent.glob(f"results/*/{name}.csv")]
+    return max(files, key=lambda file: file.stat().st_mtime).parent if files else None
 
 
 def demo_table(folder: Path) -> str:
@@ -117,8 +196,8 @@ def demo_table(folder: Path) -> str:
     return "\n".join([f"![loss curve and accuracy of the demo]({picture})", "", *lines, "",
                       f"{run['model']} on {run['data']}: {run['steps']} steps of {run['batch']} questions, lr {run['lr']:g}, "
                       f"{'bf16 autocast' if run['bf16'] else 'fp32'}, accuracy on {run['eval_items']} held-out questions (chance "
-                      f"{run['chance']:.1%}), seed {run['seed']}, on a CPU. One run of each: it shows that training works, not which "
-                      "method is better."])
+                      f"{run['chance']:.1%}), seed {run['seed']}, on a CPU. One run of each: it shows that training works, not "
+                      "which method is better."])
 
 
 def replace_section(readme: Path, name: str, text: str) -> bool:
@@ -136,23 +215,30 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", metavar="DIR",
-                        help="the folder of layer.csv (default: the newest in benchmarks/results)")
-    parser.add_argument("--rank", type=int, default=32, help="the parameter budget that is shown (default 32)")
+                        help="the folder of layer.csv or train.csv (default: the newest in benchmarks/results)")
+    parser.add_argument("--rank", type=int, default=32, help="of layer.csv, the parameter budget that is shown (default 32)")
     parser.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
     options = parser.parse_args(arguments)
     results = options.results or newest_results()
-    if results is None or not (results / "layer.csv").exists():
-        parser.error(f"no layer.csv in {results or 'benchmarks/results'}; run benchmarks/bench_layer.py first")
-    cases = by_case(read_csv(results / "layer.csv"), options.rank)
-    if not cases or any("base" not in methods for methods in cases.values()):
-        parser.error(f"{results / 'layer.csv'} lacks the method 'base' or has no rows of rank {options.rank}")
-    draw(cases, results / "layer.png")
-    text = table(cases)
-    print(text)
-    print(f"\n{results / 'layer.png'}; {options.readme} "
-          + ("updated" if replace_section(options.readme, "bench", text) else "left alone (no markers)"))
+    sections = {}
+    if results and (results / "layer.csv").exists():
+        cases = by_case(read_csv(results / "layer.csv"), options.rank)
+        if not cases or any("base" not in methods for methods in cases.values()):
+            parser.error(f"{results / 'layer.csv'} lacks the method 'base' or has no rows of rank {options.rank}")
+        draw(cases, results / "layer.png")
+        sections["bench"] = table(cases)
+    if results and (results / "train.csv").exists():
+        rows = read_csv(results / "train.csv")
+        draw_train(rows, results / "train.png")
+        sections["train"] = train_table(rows)
+    if not sections:
+        parser.error(f"no layer.csv or train.csv in {results or 'benchmarks/results'}; run bench_layer.py or bench_train.py "
+                     "first")
     if (results / "demo").is_dir():
-        replace_section(options.readme, "demo", demo_table((results / "demo").resolve()))
+        sections["demo"] = demo_table((results / "demo").resolve())
+    for name, text in sections.items():
+        updated = replace_section(options.readme, name, text)
+        print(f"{text}\n\n{options.readme}, section {name}: {'updated' if updated else 'left alone (no markers)'}\n")
     return 0
 
 

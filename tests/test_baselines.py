@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-pytest.importorskip("peft")
+pytest.importorskip("peft", minversion="0.21")
 pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -18,8 +18,8 @@ from shapes import DTYPES, GRIDS, Case  # noqa: E402
 
 CPU = torch.device("cpu")
 N, M, T, RANK = 48, 40, 21, 8
-EAGER_METHODS = [name for name in baselines.METHODS if not name.endswith("_compile")
-                 and (name != "hira_peft" or baselines.HiraConfig is not None)]
+EAGER_METHODS = [name for name in baselines.METHODS if not name.endswith("_compile")]
+FP64_METHODS = [name for name in EAGER_METHODS if name != "pissa_peft"]  # PEFT starts PiSSA in fp32 at most
 
 
 def problem_of(dtype: torch.dtype) -> baselines.Problem:
@@ -48,11 +48,11 @@ def abba(x, weight, p):
 
 
 DEFINITIONS = {"base": lambda x, weight, p: linear(x, weight), "lora_peft": lora, "lora_inplace": lora,
-               "dora_peft": dora, "hira_peft": hira, "loha_peft": abba, "abba_eager": abba, "abba_ext": abba,
+               "rslora_peft": lora, "dora_peft": dora, "hira_peft": hira, "loha_peft": abba, "abba_eager": abba, "abba_ext": abba,
                "abba_ext_khatri_rao": abba}
 
 
-@pytest.mark.parametrize("name", EAGER_METHODS)
+@pytest.mark.parametrize("name", FP64_METHODS)
 def test_equals_definition(name):
     problem = problem_of(torch.float64)
     layer = baselines.METHODS[name].build(problem)
@@ -62,9 +62,22 @@ def test_equals_definition(name):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     got_grads = torch.autograd.grad(got, leaves, problem.dy)
     want_grads = torch.autograd.grad(want, leaves, problem.dy)
-    for leaf, got_grad, want_grad in zip(["x", *layer.parameters], got_grads, want_grads):
+    for leaf, got_grad, want_grad in zip(["x", *layer.parameters], got_grads, want_grads, strict=True):
         torch.testing.assert_close(got_grad, want_grad, rtol=0, atol=1e-11,
                                    msg=lambda text, leaf=leaf: f"{leaf}: {text}")
+
+
+def test_pissa_trains_the_principal_part():
+    """The frozen base is what is left of W0 beyond its best rank-r approximation; with that approximation it is W0."""
+    problem = problem_of(torch.float32)
+    weight = problem.weight.double()
+    u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+    residual = (u[:, RANK:] * sigma[RANK:]) @ vh[RANK:]
+    layer = baselines.METHODS["pissa_peft"].build(problem)
+    torch.testing.assert_close(layer.forward.base_layer.weight.double(), residual, rtol=0, atol=1e-6)
+    zero = {key: torch.zeros_like(p).double() for key, p in layer.parameters.items()}
+    torch.testing.assert_close(layer.effective_weight(weight, zero), residual, rtol=0, atol=1e-6)
+    torch.testing.assert_close(problem.weight.double(), weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", EAGER_METHODS)
@@ -82,7 +95,7 @@ def test_verify_rejects_another_update():
         baselines.verify("abba_ext", layer, problem)
 
 
-@pytest.mark.parametrize("name", [name for name in EAGER_METHODS if name != "base"])
+@pytest.mark.parametrize("name", [name for name in FP64_METHODS if name != "base"])
 def test_budget_and_size_are_equal(name):
     """r(m + n) parameters, DoRA's magnitudes apart, and an update that matters."""
     problem = problem_of(torch.float64)
@@ -168,6 +181,10 @@ def test_grids_hold_the_protocol():
     assert Case(768, 768, 512, 32, "fp32") in GRIDS["quick"].cases()
     assert {(4096, 14336), (2048, 8192)} <= set(GRIDS["cuda"].shapes)
     assert max(GRIDS["cuda"].tokens) == 16384
+
+
+def test_all_methods_can_be_asked_for():
+    assert bench_layer.parse_arguments(["--device", "cpu", "--methods", "all"]).methods == tuple(baselines.METHODS)
 
 
 def test_bench_layer_end_to_end(tmp_path, capsys):
