@@ -75,7 +75,8 @@ def kills_of_save(kills: int, seed: int, folder: Path) -> Counter:
         abba_ext.save_adapter(model, folder / "adapter")
 
     def check():
-        values = {value.item() for tensor in read_adapter(folder / "adapter")[1].values() for value in (tensor.min(), tensor.max())}
+        tensors = read_adapter(folder / "adapter")[1].values()
+        values = {value.item() for tensor in tensors for value in (tensor.min(), tensor.max())}
         assert len(values) == 1, f"a mixture of {values}"
         for left in (folder / "adapter").glob(".tmp-*"):
             left.unlink()
@@ -121,12 +122,13 @@ def kills_of_merge(kills: int, seed: int, folder: Path) -> dict[str, int]:
     config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
                          pad_token_id=0)
     LlamaForCausalLM(config).save_pretrained(folder / "base", max_shard_size="20KB")
-    model = abba_ext.patch_model(LlamaForCausalLM.from_pretrained(folder / "base"), abba_ext.AbbaConfig(r1=3, r2=5, init="random"))
+    model = LlamaForCausalLM.from_pretrained(folder / "base")
+    abba_ext.patch_model(model, abba_ext.AbbaConfig(r1=3, r2=5, init="random"))
     for layer in abba_ext.abba_layers(model).values():
         nn.init.normal_(layer.abba_B2, std=0.3)
     abba_ext.save_adapter(model, folder / "adapter")
-    command = [sys.executable, Path(__file__).parent / "merge_worker.py", "kill", folder / "base", folder / "adapter", folder / "out",
-               str(kills), str(seed)]
+    command = [sys.executable, Path(__file__).parent / "merge_worker.py", "kill", folder / "base", folder / "adapter",
+               folder / "out", str(kills), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
@@ -164,7 +166,7 @@ def mutate(original: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 
 def mutations(count: int, seed: int, folder: Path) -> Counter:
-    """Loads damaged adapters: each must be refused with ValueError, leaving the model as it was, unless it equals the original."""
+    """Loads damaged adapters: each must be refused with ValueError, leaving the model as it was, unless nothing changed."""
     rng = random.Random(seed)
     model = abba_ext.patch_model(nn.ModuleDict({name: nn.Linear(24, 16) for name in "abcd"}), abba_ext.AbbaConfig(r1=3, r2=2))
     nn.init.normal_(model["a"].abba_B2)

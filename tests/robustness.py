@@ -71,12 +71,12 @@ def address_sanitizer(calls: int, seed: int) -> dict[str, int]:
         (folder / "beyond.c").write_text("float beyond(const float* p, long n) { return p[n]; }\n")
         _run(["gcc", *flags.split(), "-shared", "-fPIC", "beyond.c", "-o", "beyond.so"], folder, os.environ)
         (folder / "beyond.py").write_text(READ_BEYOND)
-        libraries = [subprocess.run(["gcc", f"-print-file-name={library}"], capture_output=True, text=True, check=True).stdout.strip()
+        libraries = [_run(["gcc", f"-print-file-name={library}"], folder, os.environ).strip()
                      for library in ("libasan.so", "libstdc++.so")]
         watched = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1",
                                 "PYTHONPATH": os.pathsep.join([str(folder), str(TESTS)])}
-        planted = subprocess.run([sys.executable, "beyond.py", folder / "beyond.so"], cwd=folder, env=watched, capture_output=True,
-                                 text=True)
+        planted = subprocess.run([sys.executable, "beyond.py", folder / "beyond.so"], cwd=folder, env=watched,
+                                 capture_output=True, text=True)
         assert planted.returncode and "heap-buffer-overflow" in planted.stderr, \
             f"a read beyond a tensor was not reported: {planted.stderr[-3000:]}"
         script = ("import json, abba_ext, fuzz_ops\n"
@@ -139,8 +139,8 @@ def section(document: dict) -> str:
          f"{kills[0]:,.0f} + {kills[1]:,.0f} + {kills[2]:,} kills, none left anything broken"),
         ("A damaged adapter is refused, and the model stays as it was", "bits flipped, bytes cut, added, swapped and overwritten",
          f"{part['mutations']['refused']:,} refused, {part['mutations'].get('same contents', 0):,} harmless, 0 loaded wrong"),
-        ("Files made to harm are refused: pickles with code, paths out of the folder, oversized headers", "one test for each kind",
-         f"{part['hostile']['refused']:,} kinds"),
+        ("Files made to harm are refused: pickles with code, paths out of the folder, oversized headers",
+         "one test for each kind", f"{part['hostile']['refused']:,} kinds"),
         ("An operator's result is right, or there is an exception", "random calls against dense fp64: shapes, strides, dtypes, "
          "devices, aliases, NaN", f"{fuzz['right']:,} right, {fuzz['refused']:,} refused"),
         ("No operator reads or writes beyond a tensor", "the same under AddressSanitizer, which must report a planted read",
@@ -152,7 +152,8 @@ def section(document: dict) -> str:
          f"{part['swaps']['swaps']:,} exchanges, {part['swaps']['inferences']:,} inferences"),
     ]
     lines = ["| what | how it is tried | figures |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join([*lines, "", f"torch {document['torch']}, commit {document['commit'] or 'unknown'}, seed {document['seed']}."])
+    setting = f"torch {document['torch']}, commit {document['commit'] or 'unknown'}, seed {document['seed']}."
+    return "\n".join([*lines, "", setting])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ def small(monkeypatch):
     monkeypatch.setattr(robustness, "address_sanitizer", lambda calls, seed: robustness.fuzz_ops.fuzz(calls, seed, guard=0))
     monkeypatch.setattr(robustness, "measure", lambda seed: measure(seed, share=0.002))
     monkeypatch.setattr(robustness, "hostile_files", lambda: {"refused": 70})
-    monkeypatch.setattr(robustness.faults, "kills_of_merge", lambda kills, seed, folder: {"kills": kills, "resumed": 1, "shards": 3})
+    monkeypatch.setattr(robustness.faults, "kills_of_merge", lambda kills, seed, folder: {"kills": kills, "resumed": 1})
 
 
 def test_writes_figures_and_table(small, tmp_path, capsys):
