@@ -1,4 +1,6 @@
 """Base layers: what can be adapted, the weight as a matrix W0 [m, n], and how ΔW acts on the layer's output."""
+import copy
+import math
 import sys
 
 import torch
@@ -6,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import sharding, tensor_parallel
 from .functional import abba_update, delta_weight
 
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,7 +58,10 @@ class _Linear:
         return weight
 
     def add_update(self, module, base_output, x, factors, scale, recompute_u):
-        return abba_update(base_output, x, *factors, scale, recompute_u=recompute_u)
+        output = abba_update(base_output, x, *factors, scale, recompute_u=recompute_u)
+        if x.requires_grad and output.requires_grad and not base_output.requires_grad:
+            output.register_hook(lambda gradient: _refuse_backward(module))
+        return output
 
 
 class _TransformersConv1D(_Linear):
@@ -90,7 +96,7 @@ class _Convolution:
     of a convolution; it is formed for the call and not saved for backward."""
 
     def features(self, module):
-        return module.weight[0].numel(), module.out_channels
+        return math.prod(sharding.full_shape(module.weight)[1:]), module.out_channels
 
     def matrix(self, module, weight):
         return weight.flatten(1)
@@ -132,6 +138,16 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
+def _base_class(module: nn.Module) -> type:
+    return getattr(module, "abba_base_class", type(module))
+
+
+def _refuse_backward(module: nn.Module) -> None:
+    raise RuntimeError(f"the kernel of this {_base_class(module).__name__} computes no gradient of its input, so all gradients "
+                       "before it would be wrong; load the base with a kernel that trains, such as gptqmodel's gptq_torch or "
+                       "torch_awq")
+
+
 def _packed_weight(module: nn.Module) -> Tensor | None:
     """The quantised weight of the layers that have no `weight`: GPTQ and AWQ, HQQ."""
     return getattr(module, "qweight", getattr(module, "W_q", None))
@@ -153,7 +169,10 @@ def refusal(module: nn.Module) -> str | None:
         return "is an Embedding with max_norm or scale_grad_by_freq, which have no meaning for a frozen weight"
     if isinstance(module, ParameterBase) and module.weight.dim() not in (2, 3):
         return f"is a parameter of shape {list(module.weight.shape)}; [m, n] and [experts, m, n] can be adapted"
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    split = sharding.is_dtensor(getattr(module, "weight", None))
+    if split and (reason := tensor_parallel.refusal(module)):
+        return reason
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook") and not (split and tensor_parallel.installed_style(module)):
         return "has its forward replaced on the instance, which would bypass the adapter"
     return None
 
@@ -181,11 +200,6 @@ def has_plain_weight(module: nn.Module) -> bool:
             and not hasattr(weight, "quant_state"))  # bitsandbytes can pack 4-bit values into a floating-point dtype
 
 
-def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether the tensor is a DTensor, spread over several devices."""
-    return hasattr(tensor, "full_tensor")
-
-
 def weight_dtype(module: nn.Module) -> torch.dtype | None:
     """dtype of a plain weight, None if it is quantised."""
     return module.weight.dtype if has_plain_weight(module) else None
@@ -211,8 +225,8 @@ def weight_matrix(module: nn.Module) -> Tensor:
         ValueError: The weight is quantised in a way that cannot be read back, or reading it needs PEFT.
     """
     weight = getattr(module, "weight", None)
-    if is_sharded(weight):
-        weight = weight.full_tensor()
+    if sharding.is_sharded(weight):
+        weight = sharding.full_tensor(weight)
     elif not has_plain_weight(module):
         weight = _dequantized(module)
     return _kind(module).matrix(module, weight)
@@ -253,6 +267,8 @@ def add_update(module: nn.Module, base_output: Tensor, x: Tensor, factors: tuple
 
 
 def _dequantized(module: nn.Module) -> Tensor:
+    if hasattr(module, "qweight") and hasattr(module, "scales"):
+        return _weight_by_identity(module)
     try:
         from peft.utils.quantization_utils import resolve_quantization_backend
     except ImportError:
@@ -266,3 +282,16 @@ def _dequantized(module: nn.Module) -> Tensor:
     except (TypeError, NotImplementedError) as error:
         reason = f" ({error})"
     raise ValueError(f"the weight is {described_weight(module)}, which cannot be read as floating-point values{reason}")
+
+
+@torch.no_grad()
+def _weight_by_identity(module: nn.Module) -> Tensor:
+    """W0 [m, n] of a GPTQ or AWQ layer, whose packing its own kernel alone can read: its outputs for the identity. Without the
+    bias, beside which a half-precision output would round the weight away."""
+    layer = copy.deepcopy(module)  # kernels may repack their weight for good when they first run
+    layer.bias = None
+    identity = torch.eye(layer.in_features, dtype=layer.scales.dtype, device=weight_device(layer))
+    try:
+        return _base_class(layer).forward(layer, identity).t()
+    except RuntimeError as error:
+        raise ValueError(f"the weight is {described_weight(module)}, which cannot be read: its kernel failed ({error})") from None

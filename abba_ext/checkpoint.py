@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bases import features, is_linear, is_sharded, refusal, stack_shape, weight_device
+from .bases import features, is_linear, refusal, stack_shape, weight_device
 from .config import AbbaConfig
 from .layers import FACTORS, AbbaLayer
-from .patching import _STATE, abba_layers, apply_patch, copy_full, find_layer, is_patched, patch_of
+from .patching import _STATE, abba_layers, apply_patch, find_layer, is_patched, named_parameters, patch_of
+from .sharding import check_unwrapped, copy_full, full_shape, full_tensor, is_sharded, reshard
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -30,29 +31,39 @@ CHECKSUM = "sha256"
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors of a patched model by parameter name: factors, and biases and heads that are trained too.
 
-    Parameters sharded by fully_shard are gathered whole, one after the other; every rank must call this then.
+    Sharded parameters are gathered whole, one after the other; every rank must call this then.
 
     Raises:
-        ValueError: The model is not patched.
+        ValueError: The model is not patched; FullyShardedDataParallel (FSDP1) has its parameters and does not show them whole.
     """
     patch = patch_of(model)
+    _check_whole(model)
+    reshard(model)
     state = {f"{name}.{key}": getattr(layer, key) for name, layer in abba_layers(model).items() for key in FACTORS}
     state |= {name: model.get_parameter(name) for name in patch.originals}
-    return {name: (tensor.full_tensor() if is_sharded(tensor) else tensor).detach() for name, tensor in state.items()}
+    return {name: full_tensor(tensor) for name, tensor in state.items()}
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, layer in abba_layers(model).items():
+        if len(full_shape(layer.abba_A1)) < 2:
+            raise ValueError(f"the factors of {name!r} are flattened parts that FullyShardedDataParallel left on this rank; call "
+                             "this inside FullyShardedDataParallel.summon_full_params(model)")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Writes the adapter of a patched model into a folder (created if need be), atomically.
 
     Keys are parameter names ("model.layers.0.self_attn.q_proj.abba_A1"). The JSON holds format and version, the base model's
-    name, the config with its scaling convention, and (r1, r2, s) of every layer. Of a model sharded by fully_shard every rank
-    must call this; rank 0 writes.
+    name, the config with its scaling convention, and (r1, r2, s) of every layer. Of a sharded model every rank must call this;
+    rank 0 writes.
 
     Raises:
         ValueError: The model is not patched.
         NotADirectoryError: The path is a file.
     """
-    state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+    state = {name: tensor.to("cpu", copy=True).contiguous()  # FSDP1 resizes its storages; those lent to numpy cannot be
+             for name, tensor in adapter_state_dict(model).items()}
     patch = patch_of(model)
     description = {
         "format": FORMAT,
@@ -71,7 +82,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
 
 def _describe(layer: AbbaLayer) -> dict[str, Any]:
-    description = {"r1": layer.abba_A1.size(-2), "r2": layer.abba_A2.size(-2), "scale": layer.abba_scale}
+    r1, r2 = layer.abba_ranks
+    description = {"r1": r1, "r2": r2, "scale": layer.abba_scale}
     return description if is_linear(layer) else {**description, "kind": layer.abba_base_class.__name__}
 
 
@@ -102,7 +114,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Loads an adapter that :func:`save_adapter` wrote, in place, and returns the model.
 
     An unpatched model is patched with the layers, ranks and scales of the file; a patched one must have the same layers and
-    ranks, and takes the file's values and scales. Outputs are bit-equal to those of the model that was saved.
+    ranks, and takes the file's values and scales. Outputs are bit-equal to those of the model that was saved. Of a sharded
+    model every rank must call this, and keeps its part.
 
     Raises:
         FileNotFoundError: There is no adapter in the folder.
@@ -117,14 +130,15 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     if name and base_name and os.path.basename(name.rstrip("/")) != os.path.basename(base_name.rstrip("/")):
         warnings.warn(f"the adapter was trained on {base_name!r} and is loaded into {name!r}", stacklevel=2)
     if not is_patched(model):
+        check_unwrapped(model)
         targets = {layer: find_layer(model, layer) for layer in layers}
         factors = {layer: {key: state[f"{layer}.{key}"].to(weight_device(target)) for key in FACTORS}
                    for layer, target in targets.items()}
         apply_patch(model, config, targets, factors, {layer: entry["scale"] for layer, entry in layers.items()}, trained)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, tensor in state.items():
-            copy_full(parameters[key], tensor)
+    reshard(model)
+    parameters = dict(named_parameters(model))
+    for key, tensor in state.items():
+        copy_full(parameters[key], tensor)
     for name, layer in abba_layers(model).items():
         layer.abba_scale = layers[name]["scale"]
         layer.abba_initialized = True
@@ -182,6 +196,7 @@ def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], 
     """Everything that could fail, before anything changes."""
     modules = {name: find_layer(model, name) for name in layers}
     patched = set(abba_layers(model))
+    _check_whole(model)
     problems = []
     if patched and not hasattr(model, _STATE):
         raise ValueError("model holds ABBA layers that patch_model did not put there; pass the model that was patched")
@@ -204,15 +219,15 @@ def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], 
             problems.append(f"{name!r} {reason}")
             continue
         (n, m), r1, r2 = features(module), entry["r1"], entry["r2"]
-        ranks = (module.abba_A1.size(-2), module.abba_A2.size(-2)) if name in patched else (r1, r2)
+        ranks = module.abba_ranks if name in patched else (r1, r2)
         if ranks != (r1, r2):
             problems.append(f"{name!r} has ranks {ranks} in the model, ({r1}, {r2}) in the file")
         shapes |= {f"{name}.{key}": (*stack_shape(module), *shape)
                    for key, shape in zip(FACTORS, ((r1, n), (m, r1), (r2, n), (m, r2)), strict=True)}
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     for name in trained:
         if name in parameters:
-            shapes[name] = tuple(parameters[name].shape)
+            shapes[name] = tuple(full_shape(parameters[name]))
         else:
             problems.append(f"the model has no parameter {name!r}")
     if not problems:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from . import bases, reference
+from . import bases, reference, sharding, tensor_parallel
 from .config import AbbaConfig
 from .functional import abba_linear, delta_weight
 
@@ -27,6 +27,7 @@ class AbbaLayer:
     W0 [m, n] (see :func:`abba_ext.bases.features`); stacked experts have an E in front.
 
     Attributes:
+        abba_ranks: (r1, r2).
         abba_scale: s.
         abba_dropout: Dropout probability on the adapter's input.
         abba_enabled: False computes the base layer alone.
@@ -44,6 +45,8 @@ class AbbaLayer:
         if self.abba_merged or not self.abba_enabled:
             return super().forward(x)
         self.check_initialized()
+        if sharding.is_dtensor(getattr(self, "weight", None)):
+            return tensor_parallel.forward(self, x)
         factors = (self.abba_A1, self.abba_B1, self.abba_A2, self.abba_B2)
         if self.training and self.abba_dropout > 0 and x.is_floating_point():  # ids of an embedding stay
             dropped = dropout(x, self.abba_dropout)
@@ -64,10 +67,13 @@ class AbbaLayer:
         """The dense ΔW = s·(B1 A1) ⊙ (B2 A2), [m, n], in fp32 (fp64 for fp64 factors or weights)."""
         wide = torch.float64 if torch.float64 in (self.abba_A1.dtype, bases.weight_dtype(self)) else torch.float32
         with torch.no_grad():
-            return reference.delta_weight(*(getattr(self, name).detach().to(wide) for name in FACTORS), self.abba_scale)
+            factors = (sharding.full_tensor(getattr(self, name)).to(wide) for name in FACTORS)
+            return reference.delta_weight(*factors, self.abba_scale)
 
     def check_mergeable(self) -> None:
         """Raises TypeError if the weight cannot take ΔW; see :meth:`merged_weight`."""
+        if sharding.is_sharded(getattr(self, "weight", None)):
+            raise TypeError("cannot merge into a weight that is sharded: save the adapter and merge it in one process")
         if not bases.has_plain_weight(self):
             raise TypeError(f"cannot merge into a weight that is {bases.described_weight(self)}: only plain floating-point "
                             "weights can take ΔW")
@@ -119,8 +125,8 @@ class AbbaLayer:
         self.abba_merged = False
 
     def extra_repr(self) -> str:
-        return (f"{super().extra_repr()}, r1={self.abba_A1.size(-2)}, r2={self.abba_A2.size(-2)}, "
-                f"scale={self.abba_scale:g}").lstrip(", ")
+        r1, r2 = self.abba_ranks
+        return f"{super().extra_repr()}, r1={r1}, r2={r2}, scale={self.abba_scale:g}".lstrip(", ")
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (self.abba_base_class,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
@@ -163,10 +169,11 @@ class AbbaLinear(AbbaLayer, nn.Linear):
 
 
 def _adapt(linear: nn.Module, config: AbbaConfig, name: str) -> None:
-    attach(linear, config, name, init_factors(linear, config, name))
-    linear.weight.requires_grad_(False)
-    if linear.bias is not None:
+    factors = init_factors(linear, config, name)
+    linear.requires_grad_(False)
+    if isinstance(getattr(linear, "bias", None), nn.Parameter):  # GPTQ and AWQ keep theirs as a buffer
         linear.bias.requires_grad_(config.bias != "none")
+    attach(linear, config, name, factors)
 
 
 class AbbaParameter(AbbaLayer, bases.ParameterBase):
@@ -180,6 +187,9 @@ class AbbaParameter(AbbaLayer, bases.ParameterBase):
         if self.abba_merged or not self.abba_enabled:
             return
         self.check_initialized()
+        if sharding.is_zero3(self.abba_A1):
+            raise RuntimeError("ZeRO-3 does not gather the factors of a parameter that its owner computes with; use ZeRO-2, or "
+                               "leave out target_parameters")
         weight = self.weight
         delta = bases.to_layout(self, delta_weight(*(getattr(self, name) for name in FACTORS), self.abba_scale))
         vars(owner)[self.parameter] = (weight + delta).to(weight.dtype)  # found before the registered parameter
@@ -219,8 +229,12 @@ def attach(module: nn.Module, config: AbbaConfig, name: str, factors: dict[str, 
         module.__class__ = _adapted_class(base)
         if hasattr(module, "_hf_hook"):  # accelerate calls the forward it found; point it at the adapted one
             module._old_forward = types.MethodType(type(module).forward, module)
+        tensor_parallel.reinstall_style(module)
     else:
         module.abba_base_class = nn.Linear
+    if sharding.is_dtensor(getattr(module, "weight", None)):
+        factors = tensor_parallel.distribute(module.weight, factors)
+    module.abba_ranks = (factors["abba_A1"].size(-2), factors["abba_A2"].size(-2))
     for key in FACTORS:
         module.register_parameter(key, nn.Parameter(factors[key]))
     module.abba_scale = config.scale(name) if scale is None else scale
@@ -252,6 +266,7 @@ def detach(module: nn.Module) -> None:
     module.__class__ = base
     if hasattr(module, "_hf_hook"):
         module._old_forward = types.MethodType(base.forward, module)
+    tensor_parallel.reinstall_style(module)
 
 
 def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[str, Tensor]:

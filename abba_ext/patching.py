@@ -1,6 +1,7 @@
 """Puts ABBA layers into a model and takes them out again: patch_model, unpatch_model, merge, disable_adapter."""
 import contextlib
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,11 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .bases import ParameterBase, is_linear, is_sharded, refusal, weight_device
+from .bases import ParameterBase, is_linear, refusal, weight_device
 from .config import AbbaConfig, has_suffix, matches
 from .layers import ADAPTED_PARAMETER, AbbaLayer, AbbaParameter, attach, detach, init_factors
+from .sharding import check_unwrapped, copy_full, full_shape, full_tensor, is_sharded, reshard
 
 _STATE = "_abba_patch"
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # of torch.compile, checkpoint_wrapper and FSDP
 _HEAD_MODELS = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
 
 
@@ -43,16 +46,15 @@ def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: 
 
     Raises:
         TypeError: model or config is of another type.
-        ValueError: The model is patched already; nothing matches target_modules (the message lists near misses); a
-            target cannot be adapted. The model is left unchanged.
+        ValueError: The model is patched already; DDP, FSDP or DeepSpeed has its parameters already; nothing matches
+            target_modules (the message lists near misses); a target cannot be adapted. The model is left unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = AbbaConfig() if config is None else config
     if not isinstance(config, AbbaConfig):
         raise TypeError(f"config must be an AbbaConfig, got {type(config).__name__}")
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise ValueError("model is sharded: its new parameters would not be; call patch_model before fully_shard")
+    check_unwrapped(model)
     if is_patched(model):
         raise ValueError("model already has ABBA layers; call abba_ext.unpatch_model(model) first")
     targets = find_targets(model, config)
@@ -68,9 +70,9 @@ def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: 
 def apply_patch(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Module], factors: dict[str, dict[str, Tensor]],
                 scales: dict[str, float], trained: Sequence[str]) -> None:
     """Attaches given factors to the target layers, freezes the base except the named parameters, and records how to undo it."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     patch = _Patch(config, {name: parameter.requires_grad for name, parameter in parameters.items()},
-                   {name: parameters[name].detach().clone() for name in trained})
+                   {name: full_tensor(parameters[name]).clone() for name in trained})
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in patch.originals)
     for name, module in targets.items():
@@ -83,8 +85,8 @@ def initialize_adapter(model: nn.Module) -> None:
     """Gives every factor its start anew, from the weights as they are: after patching a model on the meta device and loading
     its weights, or to start training over.
 
-    Weights and factors may be sharded by fully_shard: the weights are gathered one at a time, every rank computes the same
-    start and keeps its part. Every rank must call this.
+    Weights and factors may be sharded: the weights are gathered one at a time, every rank computes the same start and keeps
+    its part. Every rank must call this.
 
     Raises:
         ValueError: The model is not patched; a layer is merged; a weight has no values yet.
@@ -96,20 +98,11 @@ def initialize_adapter(model: nn.Module) -> None:
             raise ValueError(f"{name!r} is merged; unmerge it first")
         if weight_device(layer).type == "meta":
             raise ValueError(f"the weight of {name!r} has no values: it is on the meta device; load the weights first")
+    reshard(model)
     for name, layer in layers.items():
         for key, value in init_factors(layer, patch.config, base_name(name, layer)).items():
             copy_full(getattr(layer, key), value)
         layer.abba_initialized = True
-
-
-@torch.no_grad()
-def copy_full(parameter: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor into a parameter, of which a sharded one keeps this rank's part."""
-    if is_sharded(parameter):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -126,9 +119,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             raise RuntimeError(f"cannot unpatch: {name!r} was merged with keep_base=False, so its base weight is gone")
     for layer in layers.values():
         layer.unmerge()
-    with torch.no_grad():
-        for name, value in patch.originals.items():
-            model.get_parameter(name).copy_(value)
+    reshard(model)
+    for name, value in patch.originals.items():
+        copy_full(model.get_parameter(name), value)
     _release(model, patch)
     return model
 
@@ -161,7 +154,7 @@ def merge(model: nn.Module, *, safe: bool = False, keep_base: bool = True) -> No
     patch_of(model)
     layers = {name: layer for name, layer in abba_layers(model).items() if not layer.abba_merged}
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for key, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{name}.{key}")
     for name, layer in layers.items():
@@ -201,10 +194,15 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     enabled = {layer: layer.abba_enabled for layer in layers.values()}
 
     def swap():  # a trained parameter's value and its original
+        reshard(model)
         for name, original in patch.originals.items():
             parameter = model.get_parameter(name)
-            patch.originals[name] = parameter.data
-            parameter.data = original.to(parameter.device)
+            if is_sharded(parameter):
+                patch.originals[name] = full_tensor(parameter).clone()
+                copy_full(parameter, original)
+            else:
+                patch.originals[name] = parameter.data
+                parameter.data = original.to(parameter.device)
 
     for layer in merged:
         layer.unmerge()
@@ -224,7 +222,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of a model, tied ones counted once."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    sizes = [math.prod(full_shape(parameter)) for parameter in parameters]
+    return sum(size for size, parameter in zip(sizes, parameters, strict=True) if parameter.requires_grad), sum(sizes)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -235,12 +234,26 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 def abba_layers(model: nn.Module) -> dict[str, AbbaLayer]:
     """The ABBA layers of a model by name; a shared layer once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AbbaLayer)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, AbbaLayer)}
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether the model holds ABBA layers."""
     return bool(abba_layers(model))
+
+
+def named_modules(model: nn.Module, **options) -> Iterator[tuple[str, nn.Module]]:
+    """model.named_modules(**options) by the names that the modules have without wrappers around them."""
+    return ((_plain_name(name), module) for name, module in model.named_modules(**options))
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """model.named_parameters() by the names that the parameters have without wrappers around their modules."""
+    return ((_plain_name(name), parameter) for name, parameter in model.named_parameters())
+
+
+def _plain_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def patch_of(model: nn.Module) -> _Patch:
@@ -285,9 +298,9 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
         ValueError: Nothing matches (the message lists near misses), or a target cannot be adapted.
     """
     aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in named_modules(model) if name}
     candidates = {name: module for name, module in modules.items() if refusal(module) is None}
     wanted = config.target_modules
 
@@ -300,7 +313,7 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
     if wanted is None or wanted == "all-linear":
         heads = _head_modules(model, config) + _output_embeddings(model)
         free = [name for name in candidates if is_linear(candidates[name]) and not _is_inside(name, heads)]
-        blocks = [name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        blocks = [name + "." for name, module in named_modules(model) if isinstance(module, nn.ModuleList)]
         inside = [name for name in free if any(name.startswith(block) for block in blocks)]
         selected = inside if wanted is None and inside else free
     else:
@@ -372,7 +385,7 @@ def _nothing_matched(pattern: str, candidates: dict[str, nn.Module], misfits: di
 
 def _output_embeddings(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name, module in model.named_modules() if module is head]
+    return [name for name, module in named_modules(model) if module is head]
 
 
 def _head_modules(model: nn.Module, config: AbbaConfig) -> list[str]:
@@ -384,9 +397,9 @@ def _head_modules(model: nn.Module, config: AbbaConfig) -> list[str]:
         return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
     found = []
     for wanted in config.modules_to_save:
-        names = [name for name, _ in model.named_modules() if has_suffix(name, wanted)]
+        names = [name for name, _ in named_modules(model) if has_suffix(name, wanted)]
         if not names:
-            near = difflib.get_close_matches(wanted, {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}, n=3)
+            near = difflib.get_close_matches(wanted, {name.rsplit(".", 1)[-1] for name, _ in named_modules(model)}, n=3)
             raise ValueError(f"modules_to_save: no module is named {wanted!r}" +
                              (f"; near misses: {', '.join(near)}" if near else ""))
         found += names
@@ -399,7 +412,7 @@ def _trained_base_parameters(model: nn.Module, config: AbbaConfig, targets: dict
     if inside:
         raise ValueError(f"modules_to_save: {inside[0]!r} cannot be both adapted and trained in full")
     trained = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         owner, _, key = name.rpartition(".")
         is_bias = key == "bias" and (config.bias == "all" or config.bias == "abba_only" and owner in targets)
         if (_is_inside(owner, heads) or is_bias) and parameter.is_floating_point():
@@ -431,7 +444,7 @@ def _release(model: nn.Module, patch: _Patch) -> None:
         hook.remove()
     for layer in abba_layers(model).values():
         detach(layer)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         parameter.requires_grad_(patch.requires_grad[name])
     delattr(model, _STATE)
 

@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> list[float]:
                 optimizer.zero_grad()
             losses.append(accelerator.reduce(loss.detach(), "mean").item())
             accelerator.print(f"batch {len(losses)}: loss {losses[-1]:.4f}")
-    if accelerator.is_main_process:
-        abba_ext.save_adapter(accelerator.unwrap_model(model), args.output)
+    abba_ext.save_adapter(accelerator.unwrap_model(model), args.output)  # every process: the adapter may be sharded
     return losses
 
 
