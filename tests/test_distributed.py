@@ -9,6 +9,7 @@ from pathlib import Path
 import distributed_worker
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import abba_ext
@@ -25,6 +26,15 @@ DEEPSPEED = ["zero2", "zero3"]
 
 
 def launch(folder, processes, scenarios, **variables):
+    """Runs the scenarios under torchrun, once for all workers of pytest-xdist."""
+    done = folder / f"{scenarios[0]}.done"
+    with FileLock(f"{done}.lock"):
+        if not done.exists():
+            torchrun(folder, processes, scenarios, variables)
+            done.touch()
+
+
+def torchrun(folder, processes, scenarios, variables):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(WORKER),
                str(folder), *scenarios]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
@@ -46,10 +56,14 @@ def read(folder, scenario):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The base model, and a run in this process."""
-    folder = tmp_path_factory.mktemp("distributed")
-    distributed_worker.build().save_pretrained(folder / "base")
-    distributed_worker.train("single", folder)
+    """The base model, and a run in one process; one folder for all workers of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "distributed"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            distributed_worker.build().save_pretrained(folder / "base")
+            distributed_worker.train("single", folder)
     return folder
 
 
