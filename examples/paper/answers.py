@@ -6,8 +6,9 @@ commonsense: the name of a choice.
 import re
 from fractions import Fraction
 
-_MARKER = re.compile(r"the (?:final )?answer is:?|####", re.IGNORECASE)
-_COLON_MARKER = re.compile(r"the (?:final )?answer is:", re.IGNORECASE)
+_SOMETHING = r"(?=\s*[^\s:])"  # behind a marker, which an output that was cut off may end in
+_MARKER = re.compile(rf"(?:the (?:final )?answer is:?|####){_SOMETHING}", re.IGNORECASE)
+_COLON_MARKER = re.compile(rf"the (?:final )?answer is:{_SOMETHING}", re.IGNORECASE)
 _END = re.compile(r"\.\s+[A-Z]|\n(?!.*\\end\{)", re.DOTALL)  # of an answer after a marker: a new sentence, or a line
 _LONGEST = 1000  # characters of an answer
 _NUMBER = re.compile(r"(-?)\$?(-?)((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?)(?:/([1-9]\d*))?")

@@ -119,7 +119,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, float]]:
-    """Trains, and returns the log: steps, losses and learning rates."""
+    """Trains, and returns what it writes to log.json: step, loss, norm of the gradient and learning rate, every ten steps."""
     args = parse_args(argv)
     recipe = chosen_recipe(args)
     transformers.set_seed(args.seed)
@@ -134,9 +134,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     trainer = build_trainer(model, tokenizer, dataset, settings, args.method)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output / "checkpoints"))
     trainer.save_model(str(args.output))
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
-        write_json(args.output / "log.json", trainer.state.log_history)
-    return trainer.state.log_history
+        write_json(args.output / "log.json", log)
+    return log
 
 
 if __name__ == "__main__":
