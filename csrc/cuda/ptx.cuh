@@ -6,9 +6,12 @@
 #include "compat.cuh"
 
 #if defined(ABBA_EMULATE)
-#define ABBA_SITE , std::source_location site = std::source_location::current()  // the caller, for messages
+// The caller, for messages: as a further parameter, or as the only one.
+#define ABBA_SITE , std::source_location site = std::source_location::current()
+#define ABBA_SITE_ONLY std::source_location site = std::source_location::current()
 #else
 #define ABBA_SITE
+#define ABBA_SITE_ONLY
 #endif
 
 namespace abba {
