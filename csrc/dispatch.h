@@ -34,6 +34,32 @@ inline int factor_grad_splits(int64_t num_tokens, int64_t other_blocks, int num_
   return static_cast<int>(splits < 1 ? 1 : splits);
 }
 
+// --- Hopper ---
+
+// Rows that TMA can address: 16-byte aligned, with 32-bit coordinates and a stride of less than 2^40 bytes.
+inline bool tma_rows(const Rows& rows, int64_t num_rows, int64_t num_columns) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride % 8 == 0 && rows.stride >= num_columns &&
+         rows.stride < int64_t{1} << 39 && num_rows < kMost && num_columns < kMost;
+}
+
+// Which calls the kernels for sm_90a take, if launch.sm90 wants them at all: tokens enough for tiles of 64, an r2 that needs
+// no padding, rows that TMA can address.
+inline bool covered_by_sm90(const Launch& launch, const FactorPair& factors, const Rows& x, const Rows& u) {
+  const int64_t num_columns = static_cast<int64_t>(factors.r1) * factors.r2;
+  return launch.sm90 && launch.num_tokens > kSmallTokens && factors.r2 == padded_rank2(factors.r2) &&
+         tma_rows(x, launch.num_tokens, launch.num_features) && tma_rows(u, launch.num_tokens, num_columns);
+}
+
+// Columns (a, b) by tokens of a block of project_sm90: the larger ones need fewer instructions for each product, the smaller
+// ones fill the device with fewer tokens.
+enum class ProjectSm90Form { k128By64, k256By64, k256By128 };
+inline ProjectSm90Form project_sm90_form(const Launch& launch, int r1, int rank2) {
+  if (r1 * static_cast<int64_t>(rank2) <= 128 || (launch.num_tokens + 63) / 64 * 4 < 3 * launch.num_sms)
+    return ProjectSm90Form::k128By64;
+  return (launch.num_tokens + 127) / 128 * 4 < 3 * launch.num_sms ? ProjectSm90Form::k256By64 : ProjectSm90Form::k256By128;
+}
+
 // fn(padded r2, whether f2 lies as [D, r2]) as compile-time constants.
 template <typename Fn>
 int with_rank2(const FactorPair& factors, Fn&& fn) {

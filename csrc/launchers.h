@@ -33,6 +33,7 @@ struct Launch {
   int64_t num_features;  // D >= 1
   Dtype dtype;           // of the activations: bfloat16 or float16
   int num_sms;           // of the device
+  bool sm90;             // take the Hopper kernels where they cover the call
   void* stream;
 };
 
@@ -67,6 +68,11 @@ struct FactorGradParams {
 int project(const ProjectParams& p);
 int expand_(const ExpandParams& p);
 int factor_grad(const FactorGradParams& p);
+
+// The same on Hopper, for calls that dispatch.h's covered_by_sm90 names. project and expand_ need the magnitudes.
+int project_sm90(const ProjectParams& p);
+int expand_sm90(const ExpandParams& p);
+int factor_grad_sm90(const FactorGradParams& p);
 
 // In float16, whose exponents are few, project and expand_ first look for the largest element of each factor.
 size_t magnitudes_workspace(Dtype activations);

@@ -226,4 +226,90 @@ ABBA_DEVICE void load_f2_over_ranks(uint32_t (&f2)[kRank2 / 8][4], uint32_t s_f2
   for (int q = 0; q < kRank2 / 8; ++q) load_b_half<!kRanksInner, kColumns>(f2[q], s_f2, feature, q * 8);
 }
 
+// --- KR as the A operand of a contraction over features (project on Hopper): m = (a, b), k = feature ---
+
+// A warp's 16 rows of a wgmma tile of 64 are one a and 16 values of b, or two a and all 8 of b: its fragment of f2 is the
+// same in every tile. The factors' tiles are those of project.
+template <typename T, int kRank2, int kFeatures, bool kRanksInner, int kBlockRanks1>
+struct KrRowsOverFeatures {
+  const unsigned char* s_f1;
+  uint32_t s_f2;
+
+  // The registers of the k16 step, for kTiles tiles from the block's tile `tile` on.
+  template <int kTiles>
+  ABBA_DEVICE void make(uint32_t (&kr)[kTiles][4], int tile, int step) const {
+    constexpr int kColumns = F2Tile<kRank2, kFeatures, kRanksInner>::kColumns;
+    using F1 = F1PairOrder<kBlockRanks1>;
+    const int row = threadIdx.x / 32 % 4 * 16;
+    if constexpr (kRank2 == 8) {
+      uint32_t f2[2];
+      load_b<kRanksInner, kColumns>(f2, s_f2, 0, step * 16);
+      #pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        const int a = ((tile + m) * 64 + row) / 8;
+        const uint2 low = F1::load(s_f1, a, step), high = F1::load(s_f1, a + 1, step);
+        kr[m][0] = multiply2<T>(low.x, f2[0]), kr[m][1] = multiply2<T>(high.x, f2[0]);
+        kr[m][2] = multiply2<T>(low.y, f2[1]), kr[m][3] = multiply2<T>(high.y, f2[1]);
+      }
+    } else {
+      uint32_t f2[4];
+      load_a<kRanksInner, kColumns>(f2, s_f2, row % kRank2, step * 16);
+      #pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        const uint2 f1 = F1::load(s_f1, ((tile + m) * 64 + row) / kRank2, step);
+        kr[m][0] = multiply2<T>(f1.x, f2[0]), kr[m][1] = multiply2<T>(f1.x, f2[1]);
+        kr[m][2] = multiply2<T>(f1.y, f2[2]), kr[m][3] = multiply2<T>(f1.y, f2[3]);
+      }
+    }
+  }
+};
+
+// --- KR as the A operand of a contraction over ranks (expand on Hopper): m = feature, k = (a, b) ---
+
+// f1's tile for it: a lane's two features g and g+8 of a warp's 16 lie together, [a][warp][g][half].
+template <int kFeatures>
+struct F1RowOrder {
+  ABBA_DEVICE static uint32_t offset(int a, int feature) {
+    return a * 2 * kFeatures + feature / 16 * 32 + feature % 8 * 4 + feature % 16 / 8 * 2;
+  }
+  ABBA_DEVICE static uint32_t load(const unsigned char* s_f1, int a, int warp) {
+    return *reinterpret_cast<const uint32_t*>(s_f1 + a * 2 * kFeatures + warp * 32 + threadIdx.x % 32 / 4 * 4);
+  }
+};
+
+// The fragments of f2 for the warp's 16 features and all of b stay in registers; 64 columns (a, b) are four k16 steps.
+template <typename T, int kRank2, int kFeatures, bool kRanksInner>
+struct KrRowsOverRanks {
+  static constexpr int kWords = kRank2 == 8 ? 2 : 4, kFragments = kRank2 == 8 ? 1 : kRank2 / 16;
+  uint32_t f2[kFragments][kWords];
+
+  ABBA_DEVICE explicit KrRowsOverRanks(uint32_t s_f2) {
+    constexpr int kColumns = F2Tile<kRank2, kFeatures, kRanksInner>::kColumns;
+    const int row = threadIdx.x / 32 % 4 * 16;
+    if constexpr (kRank2 == 8) {
+      load_a_half<!kRanksInner, kColumns>(f2[0], s_f2, row, 0);
+    } else {
+      #pragma unroll
+      for (int q = 0; q < kFragments; ++q) load_a<!kRanksInner, kColumns>(f2[q], s_f2, row, q * 16);
+    }
+  }
+
+  // The registers of k16 step `step` of the 64 columns `chunk`.
+  ABBA_DEVICE void make(uint32_t (&kr)[4], const unsigned char* s_f1, int chunk, int step) const {
+    using F1 = F1RowOrder<kFeatures>;
+    const int warp = threadIdx.x / 32 % 4;
+    const int a = kRank2 == 64 ? chunk : chunk * (64 / kRank2) + step * 16 / kRank2;
+    const uint32_t f1 = F1::load(s_f1, a, warp);
+    if constexpr (kRank2 == 8) {
+      const uint32_t next = F1::load(s_f1, a + 1, warp);
+      kr[0] = multiply2<T>(broadcast_half(f1, 0), f2[0][0]), kr[1] = multiply2<T>(broadcast_half(f1, 1), f2[0][1]);
+      kr[2] = multiply2<T>(broadcast_half(next, 0), f2[0][0]), kr[3] = multiply2<T>(broadcast_half(next, 1), f2[0][1]);
+    } else {
+      const uint32_t(&b)[kWords] = f2[step % kFragments];
+      #pragma unroll
+      for (int i = 0; i < 4; ++i) kr[i] = multiply2<T>(broadcast_half(f1, i % 2), b[i]);
+    }
+  }
+};
+
 }  // namespace abba

@@ -142,6 +142,15 @@ ABBA_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t tile_bytes = 1
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(tile_bytes >> 4) << 16 | (kGroupBytes >> 4) << 32 | kSwizzle128 << 62;
 }
 
+// Keeps the compiler from computing a register later than here.
+ABBA_DEVICE void pin(uint32_t& r) {
+#if !defined(ABBA_EMULATE)
+  asm volatile("" : "+r"(r) :: "memory");
+#else
+  (void)r;
+#endif
+}
+
 // Before a wgmma that reads registers which other instructions wrote.
 ABBA_DEVICE void wgmma_fence(ABBA_SITE_ONLY) {
 #if defined(ABBA_EMULATE)
@@ -175,55 +184,48 @@ ABBA_DEVICE void wgmma_wait(ABBA_SITE_ONLY) {
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define ABBA_NAMES64 ABBA_NAMES32 \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define ABBA_WGMMA(n, type, names, ...) \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, " __VA_ARGS__ : "memory")
+// The instruction for T and N: operands after d as text, counted on from N / 2, then as arguments.
+#define ABBA_WGMMA_OF(text32, text64, ...)                                                    \
+  if constexpr (N == 64 && std::is_same_v<T, __half>) {                                       \
+    ABBA_WGMMA("64", "f16", ABBA_NAMES32, text32 : ABBA_D32(0) : __VA_ARGS__);                \
+  } else if constexpr (N == 64) {                                                             \
+    ABBA_WGMMA("64", "bf16", ABBA_NAMES32, text32 : ABBA_D32(0) : __VA_ARGS__);               \
+  } else if constexpr (std::is_same_v<T, __half>) {                                           \
+    ABBA_WGMMA("128", "f16", ABBA_NAMES64, text64 : ABBA_D32(0), ABBA_D32(32) : __VA_ARGS__); \
+  } else {                                                                                    \
+    ABBA_WGMMA("128", "bf16", ABBA_NAMES64, text64 : ABBA_D32(0), ABBA_D32(32) : __VA_ARGS__); \
+  }
 
-// d[64, N] += a[64, 16] b[16, N] in float, T bfloat16 or float16; a from registers, b K-major: a tile [N][k]. Warp w of the
-// four has rows 16 w to 16 w + 15, as in mma_m16n8k16: a's registers are those, d[4 j + i] is its d[i] of the n8 tile j.
-template <typename T, int N>
+// d[64, N] = a[64, 16] b[16, N] in float, plus d if kAdd; T bfloat16 or float16, a from registers, b K-major: a tile [N][k].
+// Warp w of the four has rows 16 w to 16 w + 15, as in mma_m16n8k16: a's registers are those, d[4 j + i] is its d[i] of the
+// n8 tile j.
+template <typename T, int N, bool kAdd>
 ABBA_DEVICE void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b ABBA_SITE) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
   static_assert(N == 64 || N == 128);
 #if defined(ABBA_EMULATE)
-  emulation::wgmma(d, N, a, 0, b, std::is_same_v<T, __nv_bfloat16>, site);
+  emulation::wgmma(d, N, a, 0, b, kAdd, std::is_same_v<T, __nv_bfloat16>, site);
 #else
-#define ABBA_WGMMA(n, type, names, a0, a1, a2, a3, b0, ...)                                                      \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, {" a0 "," a1 "," a2 "," a3 "}, " b0 \
-               ", 1, 1, 1, 0;" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) : "memory")
-  if constexpr (N == 64 && std::is_same_v<T, __half>) {
-    ABBA_WGMMA("64", "f16", ABBA_NAMES32, "%32", "%33", "%34", "%35", "%36", ABBA_D32(0));
-  } else if constexpr (N == 64) {
-    ABBA_WGMMA("64", "bf16", ABBA_NAMES32, "%32", "%33", "%34", "%35", "%36", ABBA_D32(0));
-  } else if constexpr (std::is_same_v<T, __half>) {
-    ABBA_WGMMA("128", "f16", ABBA_NAMES64, "%64", "%65", "%66", "%67", "%68", ABBA_D32(0), ABBA_D32(32));
-  } else {
-    ABBA_WGMMA("128", "bf16", ABBA_NAMES64, "%64", "%65", "%66", "%67", "%68", ABBA_D32(0), ABBA_D32(32));
-  }
-#undef ABBA_WGMMA
+  ABBA_WGMMA_OF("{%32, %33, %34, %35}, %36, %37, 1, 1, 0;", "{%64, %65, %66, %67}, %68, %69, 1, 1, 0;",
+                "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd))
 #endif
 }
 
 // The same with a, too, from shared memory, both MN-major: tiles [k][64] and [k][N].
-template <typename T, int N>
+template <typename T, int N, bool kAdd>
 ABBA_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b ABBA_SITE) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
   static_assert(N == 64 || N == 128);
 #if defined(ABBA_EMULATE)
-  emulation::wgmma(d, N, nullptr, a, b, std::is_same_v<T, __nv_bfloat16>, site);
+  emulation::wgmma(d, N, nullptr, a, b, kAdd, std::is_same_v<T, __nv_bfloat16>, site);
 #else
-#define ABBA_WGMMA(n, type, names, a0, b0, ...)                                                                \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, " a0 ", " b0 ", 1, 1, 1, 1, 1;" \
-               : __VA_ARGS__ : "l"(a), "l"(b) : "memory")
-  if constexpr (N == 64 && std::is_same_v<T, __half>) {
-    ABBA_WGMMA("64", "f16", ABBA_NAMES32, "%32", "%33", ABBA_D32(0));
-  } else if constexpr (N == 64) {
-    ABBA_WGMMA("64", "bf16", ABBA_NAMES32, "%32", "%33", ABBA_D32(0));
-  } else if constexpr (std::is_same_v<T, __half>) {
-    ABBA_WGMMA("128", "f16", ABBA_NAMES64, "%64", "%65", ABBA_D32(0), ABBA_D32(32));
-  } else {
-    ABBA_WGMMA("128", "bf16", ABBA_NAMES64, "%64", "%65", ABBA_D32(0), ABBA_D32(32));
-  }
-#undef ABBA_WGMMA
+  ABBA_WGMMA_OF("%32, %33, %34, 1, 1, 1, 1;", "%64, %65, %66, 1, 1, 1, 1;", "l"(a), "l"(b), "n"(kAdd))
 #endif
 }
+#undef ABBA_WGMMA_OF
+#undef ABBA_WGMMA
 #undef ABBA_D8
 #undef ABBA_D32
 #undef ABBA_NAMES32

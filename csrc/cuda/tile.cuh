@@ -143,6 +143,17 @@ ABBA_DEVICE void load_a(uint32_t (&a)[4], uint32_t s_tile, int m, int k) {
   }
 }
 
+// Half of A (8 columns k): a[0] and a[1].
+template <bool kTrans, int kColumns>
+ABBA_DEVICE void load_a_half(uint32_t (&a)[2], uint32_t s_tile, int m, int k) {
+  const int lane = threadIdx.x % 16;
+  if constexpr (kTrans) {
+    ldmatrix_x2<true>(a, s_tile + Tile<kColumns>::chunk_offset(k + lane % 8, m / 8 + lane / 8));
+  } else {
+    ldmatrix_x2<false>(a, s_tile + Tile<kColumns>::chunk_offset(m + lane, k / 8));
+  }
+}
+
 // B for two n8 tiles (16 columns n, 16 rows k): b[0], b[1] the first, b[2], b[3] the second. The tile is [n][k]; with kTrans [k][n].
 template <bool kTrans, int kColumns>
 ABBA_DEVICE void load_b(uint32_t (&b)[4], uint32_t s_tile, int n, int k) {

@@ -1,0 +1,34 @@
+// Host side of TMA: descriptions of the matrices that it copies.
+#pragma once
+#include "../launchers.h"
+#include "ptx_sm90.cuh"
+
+namespace abba {
+
+// The rows [num_rows, num_columns] of two-byte elements, in boxes of box_rows by 64. Returns a cudaError_t.
+inline int make_tensor_map(TensorMap& map, const Rows& rows, int64_t num_rows, int64_t num_columns, int box_rows) {
+#if defined(ABBA_EMULATE)
+  map = emulation::tensor_map(rows.data, num_columns, num_rows, 2 * rows.stride, box_rows);
+  return 0;
+#else
+  static const auto encode = [] {  // the driver's, without linking to it
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    constexpr unsigned int kSince = 12000;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kSince, cudaEnableDefault, &result) != cudaSuccess ||
+        result != cudaDriverEntryPointSuccess)
+      found = nullptr;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  if (!encode) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(num_columns), static_cast<cuuint64_t>(num_rows)};
+  const cuuint64_t strides[1] = {2 * static_cast<cuuint64_t>(rows.stride)};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, rows.data, sizes, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+#endif
+}
+
+}  // namespace abba
