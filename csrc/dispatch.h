@@ -51,6 +51,14 @@ inline bool covered_by_sm90(const Launch& launch, const FactorPair& factors, con
          tma_rows(x, launch.num_tokens, launch.num_features) && tma_rows(u, launch.num_tokens, num_columns);
 }
 
+// expand_sm90 keeps all columns (a, b) of u for a block's tokens in shared memory: 128 tokens up to the first number of
+// columns, 64 up to the second; more, or more values of a, are left to the other kernel.
+constexpr int kSm90WideExpandColumns = 256, kSm90MaxExpandColumns = 1024, kSm90MaxExpandRank1 = 64;
+inline bool expand_covered_by_sm90(const Launch& launch, const FactorPair& factors, const Rows& y, const Rows& u) {
+  return factors.r1 <= kSm90MaxExpandRank1 && factors.r1 * factors.r2 <= kSm90MaxExpandColumns &&
+         covered_by_sm90(launch, factors, y, u);
+}
+
 // Columns (a, b) by tokens of a block of project_sm90: the larger ones need fewer instructions for each product, the smaller
 // ones fill the device with fewer tokens.
 enum class ProjectSm90Form { k128By64, k256By64, k256By128 };

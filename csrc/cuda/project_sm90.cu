@@ -24,7 +24,7 @@ struct ProjectSm90Config {
   static constexpr int kBlockRanks1 = kBlockColumns / kRank2;  // values of a
   static constexpr int kBlockFeatures = 64;
   static constexpr int kStages = 6;
-  static constexpr int kProducerRegisters = kRank2 == 64 ? 128 : 104, kConsumerRegisters = kRank2 == 64 ? 184 : 200;
+  static constexpr int kProducerRegisters = kRank2 == 64 ? 152 : 104, kConsumerRegisters = kRank2 == 64 ? 176 : 200;
   using F2 = F2Tile<kRank2, kBlockFeatures, kRanksInner>;
   using F1 = F1PairOrder<kBlockRanks1>;
   using KR = KrRowsOverFeatures<T, kRank2, kBlockFeatures, kRanksInner, kBlockRanks1>;
