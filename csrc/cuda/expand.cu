@@ -159,6 +159,7 @@ int launch(const ExpandParams& p) {
 
 int expand_(const ExpandParams& p) {
   if (const int error = factor_magnitudes(p.launch, p.factors, p.workspace)) return error;
+  if (expand_covered_by_sm90(p.launch, p.factors, p.y, p.u)) return expand_sm90(p);
   return with_element_type(p.launch.dtype, [&](auto element) {
     using T = decltype(element);
     return with_rank2(p.factors, [&](auto rank2, auto ranks_inner) {

@@ -7,15 +7,12 @@
 // rows in the workspace; of the blocks of one feature tile the last to arrive adds them up in a fixed order, applies s and
 // rounds once. No float atomics: the same bits in every run. Grid: (feature tiles, row tiles, shares of the tokens).
 // At most 72 KB of shared memory.
-#include "../dispatch.h"
-#include "khatri_rao.cuh"
+#include "factor_grad.cuh"
 
 namespace abba {
 namespace {
 
 // --- config ---
-
-constexpr int kBlockFeatures = 128;
 
 template <typename T_, int kRank2_, bool kWide>
 struct FactorGradConfig {
@@ -24,69 +21,34 @@ struct FactorGradConfig {
   static constexpr int kWarpsM = kWide ? 4 : 1, kWarpsN = kWide ? 2 : 4;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kBlockRows = 64 * kWarpsM;                          // (a, b)
-  static constexpr int kWarpFeatures = kBlockFeatures / kWarpsN;
+  static constexpr int kWarpFeatures = kGradFeatures / kWarpsN;
   static constexpr int kTilesM = 4, kTilesN = kWarpFeatures / 8;           // m16 and n8 tiles of a warp
   static constexpr int kBlockTokens = 32;
   static constexpr int kStages = 3;
   static constexpr int kWarpRanks1 = 64 / kRank2, kBlockRanks1 = kBlockRows / kRank2;  // values of a
   static constexpr int kLaneRanks2 = kRank2 / 8;                           // values of b that a lane holds: g, g + 8, ...
   using VTile = Tile<kBlockRows>;
-  using XTile = Tile<kBlockFeatures>;
+  using XTile = Tile<kGradFeatures>;
 
   // Shared memory: v and x [kStages]; after the loop, in fp32, f1 [kBlockRanks1], f2 [kRank2] and the sums over a [kRank2],
   // rows of kPitch, and a flag. The pitch lets eight rows of b be read without a bank twice.
   static constexpr int kVBytes = kBlockTokens * VTile::kRowBytes, kXBytes = kBlockTokens * XTile::kRowBytes;
   static constexpr int kStageBytes = kVBytes + kXBytes;
-  static constexpr int kPitch = kBlockFeatures + 8;
+  static constexpr int kPitch = kGradFeatures + 8;
   static constexpr int kF2At = 4 * kBlockRanks1 * kPitch, kSumsAt = kF2At + 4 * kRank2 * kPitch;
   static constexpr int kFlagAt = kSumsAt + 4 * kRank2 * kPitch;
   static constexpr int kSharedBytes = kStages * kStageBytes > kFlagAt + 16 ? kStages * kStageBytes : kFlagAt + 16;
 };
 
-// Partial sums of one block, [kBlockRanks1 + kRank2][D] in fp32: df1 of its values of a, then df2.
-struct Workspace {
-  unsigned* arrivals;  // [feature tiles], zero before the launch
-  float* sums;         // [splits][row tiles][kBlockRanks1 + kRank2][D]
-};
-
-bool is_wide(int r1, int rank2) { return static_cast<int64_t>(r1) * rank2 > 64; }
-
-struct Shape {
-  int rank2, block_ranks1, splits;
-  int64_t feature_tiles, row_tiles;
-
-  Shape(const Launch& launch, int r1, int r2) {
-    rank2 = padded_rank2(r2);
-    block_ranks1 = (is_wide(r1, rank2) ? 256 : 64) / rank2;
-    feature_tiles = (launch.num_features + kBlockFeatures - 1) / kBlockFeatures;
-    row_tiles = (r1 + block_ranks1 - 1) / block_ranks1;
-    splits = factor_grad_splits(launch.num_tokens, feature_tiles * row_tiles, launch.num_sms);
-  }
-  size_t arrivals_bytes() const { return (feature_tiles * sizeof(unsigned) + 15) / 16 * 16; }
-  size_t sums_bytes(int64_t num_features) const {
-    return sizeof(float) * splits * row_tiles * (block_ranks1 + rank2) * num_features;
-  }
-};
-
 // --- kernel ---
 
-template <typename T>
-ABBA_DEVICE void write_factor(const Factor& f, bool fp32, int64_t rank, int64_t feature, float value) {
-  const int64_t at = rank * f.rank_stride + feature * f.feature_stride;
-  if (fp32) {
-    static_cast<float*>(f.data)[at] = value;
-  } else {
-    static_cast<T*>(f.data)[at] = from_float<T>(value);
-  }
-}
-
 template <typename C>
-__global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGradParams p, const Workspace workspace) {
+__global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGradParams p, const GradWorkspace workspace) {
   using T = typename C::T;
   ABBA_DYNAMIC_SMEM(smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_m = warp % C::kWarpsM, warp_n = warp / C::kWarpsM;
-  const int64_t feature0 = static_cast<int64_t>(blockIdx.x) * kBlockFeatures;
+  const int64_t feature0 = static_cast<int64_t>(blockIdx.x) * kGradFeatures;
   const int a0 = blockIdx.y * C::kBlockRanks1, r1 = p.factors.r1, r2 = p.factors.r2;
   const int64_t num_tokens = p.launch.num_tokens, num_features = p.launch.num_features;
   // The shares differ by at most one step.
@@ -105,7 +67,7 @@ __global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGr
       const int64_t token = (first_step + step) * C::kBlockTokens;
       load_tile<C::kBlockTokens, C::kBlockRows, C::kThreads>(s_v, v, p.v.stride, token, num_tokens,
                                                              RankColumns<C::kRank2>{a0, r1, r2}, v_aligned);
-      load_tile<C::kBlockTokens, kBlockFeatures, C::kThreads>(s_v + C::kVBytes, x, p.x.stride, token, num_tokens,
+      load_tile<C::kBlockTokens, kGradFeatures, C::kThreads>(s_v + C::kVBytes, x, p.x.stride, token, num_tokens,
                                                               FeatureColumns{feature0, num_features}, x_aligned);
     }
     cp_async_commit();  // an empty group past the end keeps the count
@@ -128,7 +90,7 @@ __global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGr
       #pragma unroll
       for (int n = 0; n < C::kTilesN; n += 2) {
         uint32_t r_x[4];
-        load_b<true, kBlockFeatures>(r_x, s_x, warp_n * C::kWarpFeatures + n * 8, k);
+        load_b<true, kGradFeatures>(r_x, s_x, warp_n * C::kWarpFeatures + n * 8, k);
         #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const uint32_t b[2] = {r_x[2 * h], r_x[2 * h + 1]};
@@ -145,9 +107,9 @@ __global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGr
   float* s_f2 = reinterpret_cast<float*>(smem + C::kF2At);
   float* s_sums = reinterpret_cast<float*>(smem + C::kSumsAt);
   const auto stage_factor = [&](const Factor& f, int rank, int num_ranks, int count, float* s_rows) {
-    for (int i = threadIdx.x; i < count * kBlockFeatures; i += C::kThreads) {
+    for (int i = threadIdx.x; i < count * kGradFeatures; i += C::kThreads) {
       const bool ranks_inner = f.rank_stride == 1;
-      const int r = ranks_inner ? i % count : i / kBlockFeatures, d = ranks_inner ? i / count : i % kBlockFeatures;
+      const int r = ranks_inner ? i % count : i / kGradFeatures, d = ranks_inner ? i / count : i % kGradFeatures;
       const bool inside = rank + r < num_ranks && feature0 + d < num_features;
       s_rows[r * C::kPitch + d] = inside ? factor_at<T>(f, fp32, rank + r, feature0 + d) : 0.f;
     }
@@ -164,10 +126,6 @@ __global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGr
   const auto column = [&](int n) { return warp_n * C::kWarpFeatures + n * 8 + 2 * t; };
   const auto pair = [&](float* rows, int row, int n) { return reinterpret_cast<float2*>(rows + row * C::kPitch + column(n)); };
   const int num_sums = C::kBlockRanks1 + C::kRank2;
-  const int64_t slots = static_cast<int64_t>(gridDim.y) * gridDim.z;
-  const auto sums_of = [&](int64_t split, int64_t row_tile, int row) {
-    return workspace.sums + ((split * gridDim.y + row_tile) * num_sums + row) * num_features;
-  };
 
   #pragma unroll
   for (int n = 0; n < C::kTilesN; ++n) {
@@ -212,75 +170,40 @@ __global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGr
     }
     __syncthreads();
   }
-  for (int i = threadIdx.x; i < num_sums * kBlockFeatures; i += C::kThreads) {
-    const int row = i / kBlockFeatures, d = i % kBlockFeatures;
+  for (int i = threadIdx.x; i < num_sums * kGradFeatures; i += C::kThreads) {
+    const int row = i / kGradFeatures, d = i % kGradFeatures;
     const float* s_row = row < C::kBlockRanks1 ? s_f1 + row * C::kPitch : s_sums + (row - C::kBlockRanks1) * C::kPitch;
-    if (feature0 + d < num_features) sums_of(blockIdx.z, blockIdx.y, row)[feature0 + d] = s_row[d];
+    if (feature0 + d < num_features) workspace.row(blockIdx.z, blockIdx.y, row)[feature0 + d] = s_row[d];
   }
 
-  // The last block of this feature tile to get here finds all sums written.
-  unsigned* s_last = reinterpret_cast<unsigned*>(smem + C::kFlagAt);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    unsigned before = 0;
-    if (slots > 1) {
-      __threadfence();  // this block's sums, before its arrival
-      before = atomicAdd(workspace.arrivals + blockIdx.x, 1u);
-      __threadfence();  // the others' sums, after theirs
-    }
-    *s_last = before + 1 == slots;
-  }
-  __syncthreads();
-  if (!*s_last) return;
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(r1 + r2) * kBlockFeatures; i += C::kThreads) {
-    const int row = static_cast<int>(i / kBlockFeatures), b = row - r1;
-    const int64_t d = feature0 + i % kBlockFeatures;
-    if (d >= num_features) continue;
-    float sum = 0.f;
-    for (int64_t split = 0; split < gridDim.z; ++split) {
-      if (row < r1) {
-        sum += __ldcg(sums_of(split, row / C::kBlockRanks1, row % C::kBlockRanks1) + d);
-      } else {
-        for (int64_t row_tile = 0; row_tile < gridDim.y; ++row_tile)
-          sum += __ldcg(sums_of(split, row_tile, C::kBlockRanks1 + b) + d);
-      }
-    }
-    if (row < r1) {
-      write_factor<T>(p.df1, fp32, row, d, p.s * sum);
-    } else {
-      write_factor<T>(p.df2, fp32, b, d, p.s * sum);
-    }
-  }
+  add_up_shares<T, C::kThreads>(p, workspace, threadIdx.x, reinterpret_cast<unsigned*>(smem + C::kFlagAt), [] { __syncthreads(); });
 }
 
 // --- launcher ---
 
 template <typename T, int kRank2, bool kWide>
-int launch(const FactorGradParams& p, const Shape& shape) {
+int launch(const FactorGradParams& p, const GradShape& shape) {
   using C = FactorGradConfig<T, kRank2, kWide>;
-  const Workspace workspace{static_cast<unsigned*>(p.workspace),
-                            reinterpret_cast<float*>(static_cast<char*>(p.workspace) + shape.arrivals_bytes())};
-  if (shape.row_tiles * shape.splits > 1)
-    if (const int error = ABBA_MEMSET_ASYNC(workspace.arrivals, 0, shape.arrivals_bytes(), p.launch.stream)) return error;
-  const dim3 grid(static_cast<unsigned>(shape.feature_tiles), static_cast<unsigned>(shape.row_tiles),
-                  static_cast<unsigned>(shape.splits));
-  return ABBA_LAUNCH((factor_grad_kernel<C>), grid, dim3(C::kThreads), C::kSharedBytes, p.launch.stream, p, workspace);
+  return ABBA_LAUNCH((factor_grad_kernel<C>), shape.grid(), dim3(C::kThreads), C::kSharedBytes, p.launch.stream, p,
+                     GradWorkspace(p, shape));
 }
 
 }  // namespace
 
 size_t factor_grad_workspace(const Launch& launch, int r1, int r2) {
-  const Shape shape(launch, r1, r2);
+  const GradShape shape(launch, r1, r2);
   return shape.arrivals_bytes() + shape.sums_bytes(launch.num_features);
 }
 
 int factor_grad(const FactorGradParams& p) {
-  const Shape shape(p.launch, p.factors.r1, p.factors.r2);
+  const GradShape shape(p.launch, p.factors.r1, p.factors.r2);
+  if (const int error = clear_arrivals(p, shape)) return error;
+  if (covered_by_sm90(p.launch, p.factors, p.x, p.v)) return factor_grad_sm90(p);
   return with_element_type(p.launch.dtype, [&](auto element) {
     using T = decltype(element);
     return with_rank2(p.factors, [&](auto rank2, auto) {
       constexpr int kRank2 = decltype(rank2)::value;
-      return is_wide(p.factors.r1, kRank2) ? launch<T, kRank2, true>(p, shape) : launch<T, kRank2, false>(p, shape);
+      return is_wide_grad(p.factors.r1, kRank2) ? launch<T, kRank2, true>(p, shape) : launch<T, kRank2, false>(p, shape);
     });
   });
 }

@@ -218,6 +218,7 @@ int launch_small(const ProjectParams& p) {
 
 int project(const ProjectParams& p) {
   if (const int error = factor_magnitudes(p.launch, p.factors, p.workspace)) return error;
+  if (covered_by_sm90(p.launch, p.factors, p.x, p.u)) return project_sm90(p);
   return with_element_type(p.launch.dtype, [&](auto element) {
     using T = decltype(element);
     if (p.launch.num_tokens <= kSmallTokens) {
