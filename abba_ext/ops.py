@@ -65,6 +65,12 @@ def uncovered_by_cuda(dtype: torch.dtype, factor_dtype: torch.dtype, r2: int, de
     return _C.uncovered_by_cuda(*(str(t).removeprefix("torch.") for t in (dtype, factor_dtype)), r2, index)
 
 
+def takes_sm90(num_tokens: int, num_features: int, r1: int, r2: int, device: torch.device) -> bool:
+    """Whether the kernels for Hopper GPUs take such a call of contiguous tensors, which one covers."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _C.takes_sm90(num_tokens, num_features, r1, r2, index)
+
+
 def build_info() -> dict[str, str]:
     """How the compiled module was built: torch, compilers, flags and CUDA architectures ("" if none)."""
     return _C.build_info()

@@ -129,7 +129,9 @@ def gencode_flags(architectures):
     flags = []
     for architecture in architectures:
         number = architecture.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        # All GPUs of 9.0 have the instructions of sm_90a, which the kernels for Hopper need; PTX for later GPUs may not.
+        code = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
         if architecture.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags

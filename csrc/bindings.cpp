@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("uncovered_by_cuda", [](const std::string& activations, const std::string& factors, int64_t r2, int device) {
     return abba::cuda::uncovered(dtype(activations), dtype(factors), r2, device);
   }, "Why no CUDA kernel covers such a call; '' if one does.");
+  m.def("takes_sm90", &abba::cuda::takes_sm90, "Whether the kernels for Hopper take such a call, if a CUDA kernel covers it.");
   m.def("build_info", [] {
     py::dict info;
     info["torch"] = ABBA_BUILD_TORCH;

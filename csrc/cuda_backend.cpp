@@ -2,7 +2,9 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
+#include <string_view>
 
 #include "dispatch.h"
 
@@ -21,15 +23,21 @@ StableIValue call(const char* op, Arguments&&... arguments) {
 // From 2.11's c_shim for CUDA, which a CPU build of torch lacks; only reached with CUDA tensors.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
-// A device's multiprocessors, or 0 if this module has no code for it. Asked once per device.
-int num_sms(int device) {
-  static std::array<std::atomic<int>, 64> known{};  // 1 + the answer
-  if (device < 0 || device >= static_cast<int>(known.size())) return 0;
-  if (const int answer = known[device]) return answer - 1;
+// Asked once per device; no multiprocessors if this module has no code for it.
+DeviceInfo info(int device) {
+  static std::array<std::atomic<int>, 64> known{};  // 2 multiprocessors + sm90 + 1
+  if (device < 0 || device >= static_cast<int>(known.size())) return {0, false};
+  if (const int answer = known[device]) return {(answer - 1) / 2, (answer - 1) % 2 == 1};
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const int answer = device_multiprocessors();
-  known[device] = answer + 1;
+  const DeviceInfo answer = device_info();
+  known[device] = 2 * answer.num_sms + answer.sm90 + 1;
   return answer;
+}
+
+// The kernels for Hopper have not been measured on a GPU yet: ABBA_SM90=1 asks for them.
+bool sm90(int device) {
+  const char* wanted = std::getenv("ABBA_SM90");
+  return wanted && std::string_view(wanted) == "1" && info(device).sm90;
 }
 
 Dtype dtype_of(ScalarType dtype) {
@@ -48,7 +56,8 @@ struct Call {
 
   Call(const Tensor& x, const Tensor& f1, const Tensor& f2)
       : guard(x.get_device_index()),
-        launch{x.size(0), x.size(1), dtype_of(x.scalar_type()), num_sms(x.get_device_index()), nullptr},
+        launch{x.size(0), x.size(1), dtype_of(x.scalar_type()), info(x.get_device_index()).num_sms,
+               sm90(x.get_device_index()), nullptr},
         factors{factor(f1), factor(f2), static_cast<int>(f1.size(0)), static_cast<int>(f2.size(0)), dtype_of(f1.scalar_type())} {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &launch.stream));
   }
@@ -83,11 +92,23 @@ std::string uncovered(ScalarType activations, ScalarType factors, int64_t r2, in
   if (factors != activations && factors != ScalarType::Float)
     return "the CUDA kernels take factors in the activations' dtype or in float32";
   if (r2 > kMaxRank2) return "the CUDA kernels take r2 up to " + std::to_string(kMaxRank2);
-  if (num_sms(device) == 0) return "abba_ext was built without code for this GPU's architecture";
+  if (info(device).num_sms == 0) return "abba_ext was built without code for this GPU's architecture";
   return "";
 #else
   (void)activations, (void)factors, (void)r2, (void)device;
   return "abba_ext was built without CUDA";
+#endif
+}
+
+bool takes_sm90(int64_t num_tokens, int64_t num_features, int64_t r1, int64_t r2, int device) {
+#ifdef ABBA_WITH_CUDA
+  if (r1 > kMaxRank1 || r2 > kMaxRank2) return false;
+  const Launch launch{num_tokens, num_features, Dtype::kBFloat16, 0, sm90(device), nullptr};
+  const FactorPair factors{{}, {}, static_cast<int>(r1), static_cast<int>(r2), Dtype::kFloat32};
+  return expand_covered_by_sm90(launch, factors, {nullptr, num_features}, {nullptr, r1 * r2});
+#else
+  (void)num_tokens, (void)num_features, (void)r1, (void)r2, (void)device;
+  return false;
 #endif
 }
 

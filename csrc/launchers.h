@@ -82,8 +82,12 @@ size_t factor_grad_workspace(const Launch& launch, int r1, int r2);
 // In bfloat16 it does nothing.
 int factor_magnitudes(const Launch& launch, const FactorPair& factors, void* workspace);
 
-// Multiprocessors of the current device; 0 if the kernels were not compiled for it.
-int device_multiprocessors();
+// Of the current device.
+struct DeviceInfo {
+  int num_sms;  // multiprocessors; 0 if the kernels were not compiled for it
+  bool sm90;    // whether it is a Hopper GPU and the kernels for it are there
+};
+DeviceInfo device_info();
 const char* cuda_error_name(int error);
 
 }  // namespace abba

@@ -28,7 +28,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("fast", "checked")
-KERNELS = tuple(Path("csrc/cuda", f"{name}.cu") for name in ("magnitudes", "project", "expand", "factor_grad"))
+KERNELS = tuple(Path("csrc/cuda", f"{name}.cu") for name in ("magnitudes", *(
+    name + family for name in ("project", "expand", "factor_grad") for family in ("", "_sm90"))))
 CXX = os.environ.get("CXX", "g++")
 _FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing",
           "-fno-threadsafe-statics", "-Wall", "-Wno-unknown-pragmas", "-DABBA_EMULATE",
@@ -226,6 +227,7 @@ class Backend:
     module: object
     schedule: Schedule = Schedule()
     num_sms: int = 4  # of the device that the launchers believe to have
+    sm90: bool = False  # whether that is a Hopper GPU, whose kernels are wanted
 
     def project(self, x: Tensor, f1: Tensor, f2: Tensor) -> Tensor:
         """u [T, r1*r2] in x's dtype, of x [T, D], f1 [r1, D], f2 [r2, D]."""
@@ -252,7 +254,7 @@ class Backend:
             with located(self.module):
                 size = self.module.factor_grad_workspace(
                     r1=f1.size(0), r2=f2.size(0), num_tokens=x.size(0), num_features=x.size(1), dtype=_name(x.dtype),
-                    num_sms=self.num_sms)
+                    num_sms=self.num_sms, sm90=self.sm90)
             self._call("factor_grad", x=launch.register(x, "x"), v=launch.register(v, "v"), df1=df1, df2=df2, s=s,
                        workspace=self._workspace(launch, size), **self._factors(launch, f1, f2))
         return df1, df2
@@ -286,7 +288,7 @@ class Backend:
             getattr(self.module, name)(
                 **{key: plain(key, value) for key, value in arguments.items()}, r1=f1.size(0), r2=f2.size(0),
                 num_tokens=tokens.size(0), num_features=tokens.size(1), dtype=_name(tokens.dtype),
-                factor_dtype=_name(f1.dtype), num_sms=self.num_sms)
+                factor_dtype=_name(f1.dtype), num_sms=self.num_sms, sm90=self.sm90)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -232,7 +232,7 @@ def test_nvcc_is_found_and_compiles_the_kernels(build, wanted, place, tmp_path):
     assert asked["libraries"] == ["cudart_static", "dl", "rt", "pthread"] and "/toolkit/lib" in asked["library_dirs"]
     assert set(asked["extra_compile_args"]["nvcc"]) >= {
         "-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden", "-ccbin=c++", "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"}
+        "-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90,code=compute_90"}
     assert "WITHOUT" not in printed and "and nvcc 13.0 for 8.0 9.0+PTX" in printed
 
 
@@ -331,6 +331,8 @@ def test_default_architectures_are_those_that_nvcc_knows():
 
 
 def test_gencode_flags():
+    assert cuda_toolkit.gencode_flags(["9.0+PTX"]) == [  # the instructions of Hopper's own, and PTX that later GPUs take
+        "-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90,code=compute_90"]
     assert cuda_toolkit.gencode_flags(["8.0", "9.0a+PTX", "12.0"]) == [
         "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90a,code=compute_90a", "-gencode=arch=compute_120,code=sm_120"]
