@@ -3,13 +3,6 @@
 // In the check build the kernels are compiled with -fsanitize=thread, which calls __tsan_read4(address) and its kin at
 // every access; this file provides them, in place of that sanitizer's own runtime. No file of the emulator may be
 // compiled so, and they come first on the linker's command line: an inline function in a file of both is then theirs.
-//
-// Who comes before whom. Within a block only __syncthreads and __syncwarp order accesses, and always those of all
-// threads of the block or the warp. So two clocks do the work of a vector clock per thread: every access carries its
-// warp's time; what lies at or before block.synced precedes everything after the last __syncthreads, likewise
-// warp.synced and __syncwarp. Blocks are unordered, except that a __threadfence takes a Snapshot of what precedes it,
-// the thread's next atomic publishes that, and who sees the atomic knows it from its own next __threadfence on.
-#include <atomic>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -47,8 +40,8 @@ struct RegisteredBuffer : Buffer {
 };
 
 std::vector<RegisteredBuffer> g_buffers;
-std::unordered_map<const unsigned*, Knowledge> g_published;  // by the atomics on this address
-std::mutex g_mutex;                                          // of the two below
+ReadLists g_reads;   // of their cells
+std::mutex g_mutex;  // of the two below
 std::vector<std::string> g_findings;
 std::set<std::pair<std::string, std::string>> g_found;  // kind and place
 
@@ -77,115 +70,154 @@ std::vector<std::string> take_findings() {
   return std::exchange(g_findings, {});
 }
 
-// ---- what precedes what --------------------------------------------------------------------------------------------
+// ---- cells ---------------------------------------------------------------------------------------------------------
+
+void ReadLists::push(uint32_t& list, Reads reads) {
+  uint32_t at = free_;
+  if (at) free_ = entries_[at].next;
+  else at = static_cast<uint32_t>(entries_.size()), entries_.emplace_back();
+  reads.next = list;
+  entries_[at] = reads;
+  list = at;
+}
+
+void ReadLists::pop(uint32_t& list) {
+  const uint32_t first = list;
+  list = entries_[first].next;
+  entries_[first].next = free_;
+  free_ = first;
+}
+
+void ReadLists::clear() {
+  entries_.resize(1);
+  free_ = 0;
+}
+
+Accessor running_thread() {
+  if constexpr (!kChecked) return {};
+  const Thread& thread = *t_thread;
+  return {{thread.time, thread.block->number, static_cast<uint16_t>(thread.index)}, thread.knows.generic.get(), nullptr,
+          thread.index};
+}
+
+Accessor async_agent(unsigned agent, uint32_t time, std::span<Thread* const> lanes) {
+  if constexpr (!kChecked) return {};
+  const Thread& thread = *lanes[0];
+  const Accessor who{{time, thread.block->number, static_cast<uint16_t>(agent)}, thread.knows.generic.get(),
+                     thread.knows.async.get()};
+  if (lanes.size() > 1) return who;  // what one of them did need not precede what the others do
+  return {who.now, who.generic, who.async, thread.index, thread.time_for_async};
+}
+
+bool Accessor::follows(const Access& access) const {
+  if (access.time == 0 || access.block < g_first_block) return true;
+  return (access.block == now.block && access.agent == thread) || generic->covers(access, now.block);
+}
+
+bool Accessor::sees(const Access& write) const {
+  if (!async || write.time == 0 || write.block < g_first_block) return true;
+  if (write.agent >= t_thread->block->threads.size()) return true;  // of the async proxy too
+  return (write.block == now.block && write.agent == thread && write.time <= time_for_async) ||
+         async->covers(write, now.block);
+}
 
 namespace {
 
-bool covers(const Knowledge& knowledge, const Access& access) {
-  return std::any_of(knowledge.begin(), knowledge.end(), [&](const Snapshot& s) { return s.covers(access); });
+// "thread 3 of block 0"
+std::string name_of(const Access& access) {
+  const Block& block = *t_thread->block;
+  const unsigned threads = static_cast<unsigned>(block.threads.size()), agent = access.agent - threads;
+  const std::string name = access.agent < threads       ? text("thread ", access.agent)
+                           : access.block != block.number ? "TMA"
+                                                          : block.agents[agent];
+  return text(name, " of block ", access.block - g_first_block);
 }
 
-bool precedes(const Access& access, const Thread& thread) {
-  const Block& block = *thread.block;
-  if (access.time == 0 || access.block < g_first_block) return true;
-  if (access.block == block.number) {
-    const Snapshot now{block.number, block.synced, block.warps[thread.index / kWarpSize].synced, UINT32_MAX,
-                       static_cast<uint16_t>(thread.index)};
-    return now.covers(access);
+// A reader that the accessor does not follow, if there is one: its agent, else -1.
+int unordered_reader(const Reads& reads, const Accessor& who) {
+  for (uint32_t mask = reads.mask; mask; mask &= mask - 1) {
+    const Access read{reads.time, reads.block, static_cast<uint16_t>(reads.group * 32 + std::countr_zero(mask))};
+    if (!who.follows(read)) return read.agent;
   }
-  return covers(block.known, access) || covers(block.warps[thread.index / kWarpSize].known, access) ||
-         covers(thread.known, access);
+  return -1;
 }
 
-void check_cell(Cell& cell, Kind kind, const Place& place, const char* memory, size_t offset, const char* operation) {
-  Thread& thread = *t_thread;
-  const Warp& warp = thread.block->warps[thread.index / kWarpSize];
-  Access now{warp.time, thread.block->number, static_cast<uint16_t>(thread.index)};
-  const auto race = [&](const char* done, const Access& other) {
-    report("race", place, operation, " of ", memory, "+", offset, ", ", done, " by thread ", other.thread, " of block ",
-           other.block - g_first_block, " with nothing that orders the two");
-  };
-  if (cell.in_flight)
-    report("cp.async", place, operation, " of ", memory, "+", offset, " while a cp.async into it is in flight");
-  if (!(kind == Kind::kAtomic && cell.atomic) && !precedes(cell.write, thread)) race("written", cell.write);
-  if (kind != Kind::kWrite && !cell.initialised)
-    report("uninitialised", place, operation, " of ", memory, "+", offset, ", never written");
-  if (kind == Kind::kRead) {
-    if (cell.read.block != now.block) {
-      cell.read_other_block = cell.read;
-      cell.read_same_warp = cell.read_other_warp = {};
-    } else if (cell.read.thread / kWarpSize != now.thread / kWarpSize) {
-      cell.read_other_warp = cell.read;
-      cell.read_same_warp = {};
-    } else if (cell.read.thread != now.thread) {
-      cell.read_same_warp = cell.read;
-    }
-    cell.read = now;
+void keep_read(Cell& cell, ReadLists& lists, const Accessor& who) {
+  const Access& now = who.now;
+  const Reads reads{now.block, now.time, 1u << now.agent % 32, 0, static_cast<uint16_t>(now.agent / 32)};
+  for (uint32_t at = cell.reads; at; at = lists[at].next) {
+    Reads& other = lists[at];
+    if (other.time != reads.time || other.group != reads.group || other.block != reads.block) continue;
+    other.mask |= reads.mask;
     return;
   }
-  for (const Access& read : {cell.read, cell.read_same_warp, cell.read_other_warp, cell.read_other_block})
-    if (!precedes(read, thread)) race("read", read);
+  // This read stands for those that precede it. Of other blocks the last one stands for all.
+  bool other_block = false;
+  for (uint32_t* link = &cell.reads; *link;) {
+    const Reads& other = lists[*link];
+    const bool needed = other.block == now.block || !std::exchange(other_block, true);
+    if (needed && unordered_reader(other, who) >= 0) link = &lists[*link].next;
+    else lists.pop(*link);
+  }
+  lists.push(cell.reads, reads);
+}
+
+void check_cell(Cell& cell, ReadLists& lists, Kind kind, const Place& place, const char* memory, size_t offset,
+                const char* operation, const Accessor& who) {
+  const auto race = [&](const char* done, const Access& other) {
+    report("race", place, operation, " of ", memory, "+", offset, ", ", done, " by ", name_of(other),
+           " with nothing that orders the two");
+  };
+  if (cell.mbarrier) report("mbarrier", place, operation, " of ", memory, "+", offset, ", which holds an mbarrier");
+  if (cell.in_flight == InFlight::kAsyncCopy)
+    report("cp.async", place, operation, " of ", memory, "+", offset, " while a cp.async into it is in flight");
+  else if (cell.in_flight == InFlight::kTensorLoad)
+    report("TMA", place, operation, " of ", memory, "+", offset, " while a TMA load into it is in flight");
+  else if (!(kind == Kind::kAtomic && cell.atomic) && !who.follows(cell.write))
+    race("written", cell.write);
+  else if (!who.sees(cell.write))
+    report("proxy", place, operation, " of ", memory, "+", offset, ", written by ", name_of(cell.write),
+           " with no fence.proxy.async in between");
+  if (kind != Kind::kWrite && !cell.initialised)
+    report("uninitialised", place, operation, " of ", memory, "+", offset, ", never written");
+  if (kind == Kind::kRead) return keep_read(cell, lists, who);
+  for (; cell.reads; lists.pop(cell.reads)) {
+    const Reads& reads = lists[cell.reads];
+    if (const int reader = unordered_reader(reads, who); reader >= 0)
+      race("read", {reads.time, reads.block, static_cast<uint16_t>(reader)});
+  }
+  cell.write = who.now;
   // A fence before an atomic orders the atomic itself too.
-  if (kind == Kind::kAtomic && thread.fence_time > thread.block->synced) now.time = thread.fence_time;
-  cell.write = now;
+  if (kind == Kind::kAtomic && t_thread->fence_time) cell.write.time = t_thread->fence_time;
   cell.initialised = true;
   cell.atomic = kind == Kind::kAtomic;
 }
 
 }  // namespace
 
-void order_block(Block& block) {
-  if constexpr (!kChecked) return;
-  for (const Warp& warp : block.warps) block.synced = std::max(block.synced, warp.time);
-  for (Warp& warp : block.warps) {
-    warp.time = block.synced + 1;
-    take_over(block.known, warp.known);
-  }
-  for (Thread& thread : block.threads) take_over(block.known, thread.known);
-}
-
-void order_warp(Warp& warp) {
-  if constexpr (!kChecked) return;
-  warp.synced = warp.time++;
-  Thread* first = t_thread - t_thread->lane;
-  for (Thread* thread = first; thread != first + kWarpSize; ++thread) take_over(warp.known, thread->known);
-}
-
-void forget_atomics() { g_published.clear(); }
-
-void thread_fence() {
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  if constexpr (!kChecked) return;
-  Thread& thread = *t_thread;
-  Block& block = *thread.block;
-  Warp& warp = block.warps[thread.index / kWarpSize];
-  take_over(thread.known, thread.observed);
-  thread.fence_time = warp.time++;  // what follows is later than the snapshot
-  thread.fenced = {{block.number, block.synced, warp.synced, thread.fence_time, static_cast<uint16_t>(thread.index)}};
-  for (const Knowledge* more : {&thread.known, &warp.known, &block.known})
-    thread.fenced.insert(thread.fenced.end(), more->begin(), more->end());
-}
-
-unsigned atomic_add(unsigned* address, unsigned value, Site site) {
-  if (buffers_matter() && !check_global(address, sizeof *address, Kind::kAtomic, site, "atomicAdd"))
-    fatal(site, "atomicAdd at ", address, ", not in a registered buffer");
-  if constexpr (kChecked) {
-    Knowledge& published = g_published[address];
-    t_thread->observed.insert(t_thread->observed.end(), published.begin(), published.end());
-    published.insert(published.end(), t_thread->fenced.begin(), t_thread->fenced.end());
-  }
-  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
-}
-
 // ---- accesses ------------------------------------------------------------------------------------------------------
 
-void check_shared(uint32_t offset, size_t bytes, Kind kind, const Place& place, const char* operation) {
-  if constexpr (kChecked)
-    for (size_t cell = offset / 2; cell < (offset + bytes + 1) / 2; ++cell)
-      check_cell(t_thread->block->shadow[cell], kind, place, "shared memory", 2 * cell, operation);
+unsigned char* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const char* operation, const Site& site) {
+  const Block& block = *t_thread->block;
+  const uint32_t offset = address - kSharedBase;
+  if (address < kSharedBase || offset + bytes > block.grid->shared_bytes)
+    fatal(site, operation, ": address ", int64_t{address} - kSharedBase, " outside of the ", block.grid->shared_bytes,
+          " bytes of shared memory");
+  if (offset % alignment)
+    fatal(site, operation, ": address ", offset, " in shared memory is not ", alignment, "-byte aligned");
+  return block.shared.get() + offset;
 }
 
-bool check_global(const void* pointer, size_t bytes, Kind kind, const Place& place, const char* operation) {
+void check_shared(uint32_t offset, size_t bytes, Kind kind, const Place& place, const char* operation,
+                  const Accessor& who) {
+  if constexpr (!kChecked) return;
+  Block& block = *t_thread->block;
+  for (size_t cell = offset / 2; cell < (offset + bytes + 1) / 2; ++cell)
+    check_cell(block.shadow[cell], block.reads, kind, place, "shared memory", 2 * cell, operation, who);
+}
+
+bool check_global(const void* pointer, size_t bytes, Kind kind, const Place& place, const char* operation,
+                  const Accessor& who) {
   const char* address = static_cast<const char*>(pointer);
   for (RegisteredBuffer& buffer : g_buffers) {
     if (address < buffer.base || address >= buffer.base + buffer.bytes) continue;
@@ -197,7 +229,7 @@ bool check_global(const void* pointer, size_t bytes, Kind kind, const Place& pla
       fatal(place, "bounds: ", operation, " of ", buffer.name, "+", offset, ", which is read-only");
     } else if (kChecked && (buffer.writable || !buffer.initialised)) {  // else nothing can be wrong
       for (size_t o = offset & ~size_t{1}; o < offset + bytes; o += 2)
-        check_cell(buffer.cell(o), kind, place, buffer.name.c_str(), o, operation);
+        check_cell(buffer.cell(o), g_reads, kind, place, buffer.name.c_str(), o, operation, who);
     }
     return true;
   }
@@ -223,7 +255,10 @@ int set_memory(void* pointer, int byte, size_t bytes) {
 }
 
 void register_buffer(Buffer buffer) { g_buffers.push_back({std::move(buffer), {}, SIZE_MAX, nullptr}); }
-void clear_buffers() { g_buffers.clear(); }
+void clear_buffers() {
+  g_buffers.clear();
+  g_reads.clear();
+}
 
 #if defined(ABBA_EMULATION_CHECKED)
 namespace {
@@ -233,7 +268,8 @@ void check_access(const void* pointer, size_t bytes, bool write, const void* cod
   Thread* thread = t_thread;
   if (!thread) return;  // a launcher, on the host
   const auto* address = static_cast<const unsigned char*>(pointer);
-  if (address >= thread->stack && address < thread->stack + kStackBytes) return;
+  if (address >= thread->stack && address < thread->stack + kStackBytes)
+    return check_registers(pointer, bytes, write, code);
   const Kind kind = write ? Kind::kWrite : Kind::kRead;
   const char* operation = write ? "store" : "load";
   const unsigned char* shared = thread->block->shared.get();

@@ -1,7 +1,8 @@
 // What the kernels' own sources see when g++ compiles them to run on the CPU (ABBA_EMULATE); the toolkit's headers give
 // the types and their arithmetic. A CUDA thread is a fiber: those of a block share one OS thread and take turns,
 // changing only at barriers and at the collectives of a warp. Blocks run one after another, each to its end: one that
-// spins until another one writes hangs. fibers, runtime, instructions and checks.cpp are what is behind it.
+// spins until another one writes hangs. Behind it: fibers and runtime.cpp run threads, instructions, async and wgmma.cpp
+// are what they do, clocks and checks.cpp say what is wrong with it.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -44,6 +45,34 @@ void load_matrices(uint32_t* r, int count, bool transposed, uint32_t address, Si
 void async_copy_16(uint32_t destination, const void* source, uint32_t source_bytes, Site site);
 void async_commit();
 void async_wait(size_t groups_in_flight);
+
+// ---- and ptx_sm90.cuh ----------------------------------------------------------------------------------------------
+
+// What cuTensorMapEncodeTiled makes of a matrix of two-byte elements and boxes of 64 columns with the 128-byte swizzle.
+struct TensorMap {
+  const void* base;
+  uint64_t columns, rows, row_bytes;  // bytes from row to row
+  uint32_t box_columns, box_rows;
+};
+TensorMap tensor_map(const void* base, uint64_t columns, uint64_t rows, uint64_t row_bytes, uint32_t box_rows);
+
+void mbarrier_init(uint32_t barrier, uint32_t count, Site site);
+void mbarrier_init_fence(Site site);
+void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes, Site site);
+void mbarrier_wait(uint32_t barrier, uint32_t parity, Site site);
+void proxy_fence(Site site);
+void tensor_load(uint32_t tile, const TensorMap& map, int column, int row, uint32_t barrier, Site site);
+void tensor_store(const TensorMap& map, int column, int row, uint32_t tile, Site site);
+void bulk_commit();
+void bulk_wait_read(size_t groups_in_flight);
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(size_t groups_in_flight, Site site);
+void wgmma(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor, bool add, bool bfloat16,
+           Site site);
+void store_matrices(uint32_t address, const uint32_t* r, int count, bool transposed, Site site);
+void named_barrier(int id, unsigned threads, Site site);
+void set_registers(unsigned count, Site site);
 
 int set_memory(void* pointer, int byte, size_t bytes);
 

@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <map>
 #include <numeric>
 #include <stdexcept>
 #include <thread>
@@ -28,9 +27,14 @@ void reset_counters() { g_counters = {}; }
 std::map<std::string, int64_t> counters() {
   return {{"ldmatrix_phases", g_counters.ldmatrix_phases},
           {"ldmatrix_extra_wavefronts", g_counters.ldmatrix_extra_wavefronts},
+          {"stmatrix_phases", g_counters.stmatrix_phases},
+          {"stmatrix_extra_wavefronts", g_counters.stmatrix_extra_wavefronts},
           {"mma", g_counters.mma},
+          {"wgmma", g_counters.wgmma},
           {"cp_async", g_counters.cp_async},
-          {"cp_async_bytes", g_counters.cp_async_bytes}};
+          {"cp_async_bytes", g_counters.cp_async_bytes},
+          {"tma_loads", g_counters.tma_loads},
+          {"tma_bytes", g_counters.tma_bytes}};
 }
 
 uint3 thread_index() { return t_thread->position; }
@@ -68,6 +72,10 @@ void report_deadlock(Block& block) {
                                            : text("wait in ", thread.waits_in, " at ", Place(thread.site).name())];
   block.fatal_error = text("deadlock of block ", block.number - g_first_block);
   for (const auto& [what, count] : waiting) block.fatal_error += text("; ", count, " threads ", what);
+  for (const auto& [address, barrier] : block.mbarriers)
+    if (!barrier.waiting.empty())
+      block.fatal_error += text("; the mbarrier at ", address - kSharedBase, ", in phase ", barrier.phase, ", lacks ",
+                                barrier.pending, " arrivals and ", barrier.bytes, " bytes");
 }
 
 }  // namespace
@@ -81,6 +89,7 @@ void yield() {
   Thread& thread = *t_thread;
   Block& block = *thread.block;
   Thread* next = next_ready(block);
+  while (!next && block.alive && land_a_load(block)) next = next_ready(block);  // as late as can be
   if (next == &thread) return;
   if (next) {
     t_thread = next;
@@ -103,7 +112,7 @@ void end_launch(const Place& place, const std::string& why) {
 namespace {
 
 void release_barrier(Block& block) {
-  order_block(block);
+  order(block.all);
   block.at_barrier = 0;
   for (Thread& thread : block.threads)
     if (thread.state == State::kAtBarrier) wake(thread);
@@ -127,6 +136,52 @@ void sync_threads(Site site) {
   yield();
 }
 
+void named_barrier(int id, unsigned threads, Site site) {
+  Thread& thread = *t_thread;
+  NamedBarrier& barrier = thread.block->named_barriers[id];
+  if (barrier.waiting.empty()) barrier.expected = threads;
+  if (barrier.expected != threads)
+    fatal(site, "barrier: barrier ", id, " of ", barrier.expected, " threads, here of ", threads);
+  barrier.waiting.push_back(&thread);
+  thread.waits_in = "a named barrier";
+  thread.site = site;
+  if (barrier.waiting.size() == threads) {
+    const std::vector<Thread*> all = std::exchange(barrier.waiting, {});
+    for (const Thread* one : all)
+      if (std::ranges::count(all, one->index / kWarpSize, [](const Thread* t) { return t->index / kWarpSize; }) !=
+          kWarpSize)
+        fatal(site, "barrier: a part of warp ", one->index / kWarpSize, " at barrier ", id);
+    order(all);
+    for (Thread* one : all) wake(*one);
+  }
+  yield();
+}
+
+// ---- registers -----------------------------------------------------------------------------------------------------
+
+void set_registers(unsigned count, Site site) {
+  collective("setmaxnreg", site, nullptr, [&](Warp& warp) { warp.registers = count; });
+}
+
+namespace {
+
+void check_registers_at_end(const Block& block) {
+  constexpr unsigned kAll = 65536, kLeast = 24;
+  unsigned sum = 0;
+  bool set = false;
+  for (size_t i = 0; i < block.warps.size(); ++i) {
+    const unsigned registers = block.warps[i].registers;
+    if (registers != block.warps[i - i % 4].registers)
+      report("setmaxnreg", Site(), "the warps of a warpgroup have set ", block.warps[i - i % 4].registers, " and ",
+             registers, " registers");
+    sum += kWarpSize * std::max(registers, kLeast);
+    set |= registers != 0;
+  }
+  if (set && sum > kAll) report("setmaxnreg", Site(), "the warpgroups have set ", sum, " registers, there are ", kAll);
+}
+
+}  // namespace
+
 // ---- grids ---------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -135,9 +190,8 @@ void run_thread() {
   Thread& thread = *t_thread;
   Block& block = *thread.block;
   block.body(block.body_context);
-  thread.groups.push_back(std::move(thread.open_group));
-  if (std::any_of(thread.groups.begin(), thread.groups.end(), [](const auto& group) { return !group.empty(); }))
-    report("cp.async", Site(), "a thread exits while its copies are in flight");
+  check_copies_at_exit(thread);
+  check_wgmma_at_exit(thread);
   thread.state = State::kDone;
   --block.alive;
   if (block.at_barrier) {
@@ -161,6 +215,8 @@ void make_threads(Block& block, unsigned count) {
     thread.stack = static_cast<unsigned char*>(stack);
     mprotect(stack, getpagesize(), PROT_NONE);  // an overflow ends the process, and does not go unnoticed
   }
+  block.all.clear();
+  for (Thread& thread : block.threads) block.all.push_back(&thread);
 }
 
 void run_block(Block& block, uint32_t linear) {
@@ -168,15 +224,21 @@ void run_block(Block& block, uint32_t linear) {
   const dim3 blocks = grid.blocks, threads = grid.threads;
   block.number = g_first_block + linear;
   block.position = {linear % blocks.x, linear / blocks.x % blocks.y, linear / blocks.x / blocks.y};
-  block.synced = 0;
   block.alive = static_cast<unsigned>(block.threads.size());
   block.at_barrier = 0;
   block.ready.clear();
-  block.known.clear();
+  for (NamedBarrier& barrier : block.named_barriers) barrier = {};
+  block.mbarriers.clear();
+  block.loads.clear();
+  block.agents.clear();
   block.random.seed(g_config.seed + linear);
   memset(block.shared.get(), 0xff, grid.shared_bytes);  // NaN in every format
-  if constexpr (kChecked) block.shadow.assign(grid.shared_bytes / 2 + 1, Cell());
-  block.warps.assign(block.threads.size() / kWarpSize, Warp{1, 0, {}, {}, 0, "", {}});
+  if constexpr (kChecked) {
+    block.shadow.assign(grid.shared_bytes / 2 + 1, Cell());
+    block.reads.clear();
+  }
+  block.warps.assign(block.threads.size() / kWarpSize, Warp());
+  block.warpgroups.assign((block.warps.size() + 3) / 4, Warpgroup());
   for (unsigned i = 0; i < block.threads.size(); ++i) {
     Thread& thread = block.threads[i];
     thread = Thread{.block = &block, .index = i, .lane = i % kWarpSize, .stack = thread.stack};
@@ -186,6 +248,11 @@ void run_block(Block& block, uint32_t linear) {
   }
   t_thread = next_ready(block);
   change(block.main, t_thread->context);
+  if (block.fatal_error.empty()) {
+    check_copies_at_end(block);
+    check_wgmma_at_end(block);
+    check_registers_at_end(block);
+  }
   t_thread = nullptr;
 }
 
@@ -236,9 +303,14 @@ void run_grid(const Grid& grid, void (*body)(void*), void* context) {
     const Counters& counters = g_workers[i]->counters;
     g_counters.ldmatrix_phases += counters.ldmatrix_phases;
     g_counters.ldmatrix_extra_wavefronts += counters.ldmatrix_extra_wavefronts;
+    g_counters.stmatrix_phases += counters.stmatrix_phases;
+    g_counters.stmatrix_extra_wavefronts += counters.stmatrix_extra_wavefronts;
     g_counters.mma += counters.mma;
+    g_counters.wgmma += counters.wgmma;
     g_counters.cp_async += counters.cp_async;
     g_counters.cp_async_bytes += counters.cp_async_bytes;
+    g_counters.tma_loads += counters.tma_loads;
+    g_counters.tma_bytes += counters.tma_bytes;
     if (!g_workers[i]->fatal_error.empty()) findings.push_back(g_workers[i]->fatal_error);
   }
   if (findings.empty()) return;
