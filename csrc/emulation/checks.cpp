@@ -72,22 +72,6 @@ std::vector<std::string> take_findings() {
 
 // ---- cells ---------------------------------------------------------------------------------------------------------
 
-void ReadLists::push(uint32_t& list, Reads reads) {
-  uint32_t at = free_;
-  if (at) free_ = entries_[at].next;
-  else at = static_cast<uint32_t>(entries_.size()), entries_.emplace_back();
-  reads.next = list;
-  entries_[at] = reads;
-  list = at;
-}
-
-void ReadLists::pop(uint32_t& list) {
-  const uint32_t first = list;
-  list = entries_[first].next;
-  entries_[first].next = free_;
-  free_ = first;
-}
-
 void ReadLists::clear() {
   entries_.resize(1);
   free_ = 0;
@@ -145,19 +129,23 @@ int unordered_reader(const Reads& reads, const Accessor& who) {
 void keep_read(Cell& cell, ReadLists& lists, const Accessor& who) {
   const Access& now = who.now;
   const Reads reads{now.block, now.time, 1u << now.agent % 32, 0, static_cast<uint16_t>(now.agent / 32)};
-  for (uint32_t at = cell.reads; at; at = lists[at].next) {
-    Reads& other = lists[at];
-    if (other.time != reads.time || other.group != reads.group || other.block != reads.block) continue;
-    other.mask |= reads.mask;
-    return;
-  }
-  // This read stands for those that precede it. Of other blocks the last one stands for all.
+  unsigned length = 0;
   bool other_block = false;
-  for (uint32_t* link = &cell.reads; *link;) {
-    const Reads& other = lists[*link];
-    const bool needed = other.block == now.block || !std::exchange(other_block, true);
-    if (needed && unordered_reader(other, who) >= 0) link = &lists[*link].next;
-    else lists.pop(*link);
+  for (uint32_t at = cell.reads; at; at = lists[at].next, ++length) {
+    Reads& other = lists[at];
+    if (other.block != reads.block) other_block = true;
+    else if (other.time == reads.time && other.group == reads.group) return static_cast<void>(other.mask |= reads.mask);
+  }
+  constexpr unsigned kLong = 8;
+  if (length >= kLong || other_block) {
+    // This read stands for those that precede it. Of other blocks the last one stands for all.
+    bool another = false;
+    for (uint32_t* link = &cell.reads; *link;) {
+      const Reads& other = lists[*link];
+      const bool needed = other.block == now.block || !std::exchange(another, true);
+      if (needed && unordered_reader(other, who) >= 0) link = &lists[*link].next;
+      else lists.pop(*link);
+    }
   }
   lists.push(cell.reads, reads);
 }
@@ -268,8 +256,10 @@ void check_access(const void* pointer, size_t bytes, bool write, const void* cod
   Thread* thread = t_thread;
   if (!thread) return;  // a launcher, on the host
   const auto* address = static_cast<const unsigned char*>(pointer);
-  if (address >= thread->stack && address < thread->stack + kStackBytes)
-    return check_registers(pointer, bytes, write, code);
+  if (address >= thread->stack && address < thread->stack + kStackBytes) {
+    if (!thread->block->warp_of(*thread).wgmma.empty()) check_registers(pointer, bytes, write, code);
+    return;
+  }
   const Kind kind = write ? Kind::kWrite : Kind::kRead;
   const char* operation = write ? "store" : "load";
   const unsigned char* shared = thread->block->shared.get();

@@ -30,8 +30,7 @@ SharedClock join(const SharedClock& a, const SharedClock& b) {
 
 }  // namespace
 
-bool Clock::covers(const Access& access, uint32_t block) const {
-  if (access.block == block) return (*this)[access.agent] >= access.time;
+bool Clock::covers_other_block(const Access& access) const {
   return std::any_of(others.begin(), others.end(), [&](const auto& snapshot) {
     return snapshot->block == access.block && (*snapshot->clock)[access.agent] >= access.time;
   });

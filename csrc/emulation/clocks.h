@@ -28,10 +28,14 @@ struct Snapshot;
 using Snapshots = std::vector<std::shared_ptr<const Snapshot>>;  // sorted, of other blocks
 
 struct Clock {
-  std::vector<uint32_t> times;
-  Snapshots others;
+  std::vector<uint32_t> times = {};
+  Snapshots others = {};
+
   uint32_t operator[](size_t agent) const { return agent < times.size() ? times[agent] : 0; }
-  bool covers(const Access& access, uint32_t block) const;
+  bool covers(const Access& access, uint32_t block) const {
+    return access.block == block ? (*this)[access.agent] >= access.time : covers_other_block(access);
+  }
+  bool covers_other_block(const Access& access) const;
 };
 using SharedClock = std::shared_ptr<const Clock>;
 

@@ -49,8 +49,20 @@ struct Reads {
 class ReadLists {
  public:
   Reads& operator[](uint32_t i) { return entries_[i]; }
-  void push(uint32_t& list, Reads reads);
-  void pop(uint32_t& list);  // the first one
+  void push(uint32_t& list, Reads reads) {
+    uint32_t at = free_;
+    if (at) free_ = entries_[at].next;
+    else at = static_cast<uint32_t>(entries_.size()), entries_.emplace_back();
+    reads.next = list;
+    entries_[at] = reads;
+    list = at;
+  }
+  void pop(uint32_t& list) {  // the first one
+    const uint32_t first = list;
+    list = entries_[first].next;
+    entries_[first].next = free_;
+    free_ = first;
+  }
   void clear();
 
  private:
@@ -116,6 +128,7 @@ struct Groups {
       for (Operation& operation : closed.front()) end(operation);
   }
   uint32_t time() const { return ended + static_cast<uint32_t>(closed.size()) + 1; }  // of the open group
+  bool empty() const { return open.empty() && closed.empty(); }
   bool any() const {
     return !open.empty() || std::any_of(closed.begin(), closed.end(), [](const auto& group) { return !group.empty(); });
   }
