@@ -19,7 +19,16 @@ sys.path.append(str(ROOT / "build_support"))
 import cuda_toolkit  # noqa: E402
 
 UNITS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = ("sm_80", "sm_90a")
+
+
+def is_for_hopper(unit):
+    return unit.stem.endswith("_sm90")
+
+
+# For other architectures the units for Hopper hold empty kernels.
+BUILDS = [(unit, architecture) for unit in UNITS for architecture in ARCHITECTURES
+          if architecture == "sm_90a" or not is_for_hopper(unit)]
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Family:
     tensor_cores: bool = True
     copies: bool = True  # global memory reaches shared memory by asynchronous copies
     products: bool = True  # the tensor cores read products of two factors, made in registers
+    hopper: bool = False  # wgmma and TMA do it
 
 
 # A multiprocessor has 65536 registers: two blocks of 128 threads fit at 255 and three at 168, one of 256 at 250, one of 512 at 128.
@@ -36,6 +46,10 @@ FAMILIES = {
     "expand_kernel": Family(max_registers=184),
     "factor_grad_kernel": Family(max_registers=250, products=False),
     "small_project_kernel": Family(max_registers=128, copies=False),
+    # 384 threads; setmaxnreg moves registers from one warpgroup to the others.
+    "project_sm90_kernel": Family(max_registers=168, hopper=True),
+    "expand_sm90_kernel": Family(max_registers=168, hopper=True),
+    "factor_grad_sm90_kernel": Family(max_registers=168, products=False, hopper=True),
     "magnitudes_kernel": Family(max_registers=40, tensor_cores=False, copies=False, products=False),
 }
 
@@ -52,6 +66,7 @@ class Kernel:
     spill_stores: int
     spill_loads: int
     code: str  # its instructions, as nvdisasm prints them
+    remarks: str  # of the compiler, on what it could not do well
 
 
 REPORT = re.compile(r"""Compiling\ entry\ function\ '(?P<symbol>\w+)'.*?
@@ -78,9 +93,10 @@ def compile_unit(nvcc, nvdisasm, unit, architecture, folder):
     code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-----|\Z)", listing, re.M | re.S))
     kernels = []
     for report in REPORT.finditer(done.stderr):
-        if name := re.search(r"\d+([a-z_]+_kernel)\w*", report["symbol"]):
+        if name := re.search(r"\d((?:[a-z]+_)+(?:sm\d+_)?kernel)\w*", report["symbol"]):
             numbers = [int(report[key]) for key in ("registers", "stack", "stores", "loads")]
-            kernels.append(Kernel(name[1], name[0].lstrip("0123456789"), *numbers, code[report["symbol"]]))
+            remarks = "\n".join(line for line in done.stderr.splitlines() if report["symbol"] in line and "Loss" in line)
+            kernels.append(Kernel(name[1], name[0][1:], *numbers, code[report["symbol"]], remarks))
     return kernels
 
 
@@ -94,31 +110,28 @@ def kernels(tmp_path_factory):
     nvdisasm = find_nvdisasm()
     assert nvdisasm, "nvcc is here but nvdisasm is not: `pip install nvidia-cuda-nvdisasm`"
     folder = tmp_path_factory.mktemp("cubins")
-    pairs = [(unit, architecture) for unit in UNITS for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(pairs, pool.map(lambda pair: compile_unit(nvcc, nvdisasm, *pair, folder), pairs), strict=True))
+        return dict(zip(BUILDS, pool.map(lambda pair: compile_unit(nvcc, nvdisasm, *pair, folder), BUILDS), strict=True))
 
 
-each_unit = pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
-each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+each_build = pytest.mark.parametrize("unit, architecture", BUILDS, ids=lambda value: getattr(value, "stem", value))
 
 
-@each_architecture
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_belongs_to_a_family(architecture, kernels):
-    families = {kernel.family for unit in UNITS for kernel in kernels[unit, architecture]}
-    assert families == set(FAMILIES), "FAMILIES in this file says what is expected of each kernel"
+    families = {kernel.family for build in BUILDS if build[1] == architecture for kernel in kernels[build]}
+    expected = {name for name, family in FAMILIES.items() if architecture == "sm_90a" or not family.hopper}
+    assert families == expected, "FAMILIES in this file says what is expected of each kernel"
 
 
-@each_architecture
-@each_unit
+@each_build
 def test_no_register_is_spilled(unit, architecture, kernels):
     for kernel in kernels[unit, architecture]:
         assert (kernel.stack_frame, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel.name
         assert not re.search(r"\b(LDL|STL)\b", kernel.code), kernel.name
 
 
-@each_architecture
-@each_unit
+@each_build
 def test_registers_per_thread(unit, architecture, kernels):
     over = [(kernel.name, kernel.registers) for kernel in kernels[unit, architecture]
             if kernel.registers > FAMILIES[kernel.family].max_registers]
@@ -178,6 +191,8 @@ class Instruction:
         return dict.fromkeys(written, self.read)
 
 
+TENSOR_CORES = {"HMMA": (2, 2), "HGMMA": (1, 4)}  # the operand that may be a product of factors, and its registers
+
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 
 
@@ -192,40 +207,54 @@ def main_loops(code):
                 jumps.append((target[1], len(instructions)))
             instructions.append(Instruction(match[1], re.split(r",\s*", match[2])))
     loops = [(labels[target], at) for target, at in jumps if labels[target] <= at
-             and any(instruction.mnemonic == "HMMA" for instruction in instructions[labels[target]:at + 1])]
+             and any(instruction.mnemonic in TENSOR_CORES for instruction in instructions[labels[target]:at + 1])]
     innermost = [(first, last) for first, last in loops
                  if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)]
     return [instructions[first:last + 1] for first, last in sorted(set(innermost))]
 
 
 def follow_products(loop):
-    """(HMMA instructions that read no product as their second matrix, instructions that store one in shared memory)."""
+    """(Tensor core instructions that read no product, instructions that store one in shared memory)."""
     products = set()  # halves of registers
     for _ in range(2):  # the second time with what the first one carries around the loop
         without, stores = [], []
         for instruction in loop:
-            if instruction.mnemonic == "HMMA" and not products.intersection(instruction.halves(2, 2)):
-                without.append(instruction)
+            if instruction.mnemonic in TENSOR_CORES:
+                operand = instruction.halves(*TENSOR_CORES[instruction.mnemonic])
+                if not operand or not products.issuperset(operand):
+                    without.append(instruction)
             if instruction.mnemonic == "STS" and products.intersection(instruction.stored):
                 stores.append(instruction)
-            written = set(instruction.halves(0, instruction.width))
+            written = set() if instruction.mnemonic == "HGMMA" else set(instruction.halves(0, instruction.width))
             moved = {half for half, sources in instruction.sources.items() if products.intersection(sources)}
             products -= written  # under a predicate too: what is computed under one is stored under it
             products |= written if instruction.is_product else moved
     return without, stores
 
 
-@each_architecture
-@each_unit
+@each_build
 def test_tensor_cores_and_asynchronous_copies(unit, architecture, kernels):
     for kernel in kernels[unit, architecture]:
         family = FAMILIES[kernel.family]
         assert bool(main_loops(kernel.code)) == family.tensor_cores, kernel.name
-        assert bool(re.search(r"\bLDGSTS\b", kernel.code)) == family.copies, kernel.name
+        copy = "UTMALDG" if family.hopper else "LDGSTS"
+        assert bool(re.search(rf"\b{copy}\b", kernel.code)) == family.copies, kernel.name
+        mnemonics = {instruction.mnemonic for loop in main_loops(kernel.code) for instruction in loop}
+        assert mnemonics.intersection(TENSOR_CORES) == ({"HGMMA"} if family.hopper else {"HMMA"} if family.tensor_cores else set())
 
 
-@each_architecture
-@each_unit
+@each_build
+def test_tensor_core_instructions_overlap(unit, architecture, kernels):
+    """ptxas says where it had to wait for each wgmma before the next (C7508 to C7515); in the loops one group stays in flight."""
+    for kernel in kernels[unit, architecture]:
+        assert not kernel.remarks
+        if FAMILIES[kernel.family].hopper:
+            for loop in main_loops(kernel.code):
+                waits = [instruction.operands for instruction in loop if instruction.operation == "WARPGROUP.DEPBAR.LE"]
+                assert waits and all(operands == ["gsb0", "0x1"] for operands in waits), kernel.name
+
+
+@each_build
 def test_products_of_factors_go_from_register_to_tensor_core(unit, architecture, kernels):
     """The Khatri-Rao operand is made where it is used: it passes through no memory."""
     for kernel in kernels[unit, architecture]:
