@@ -59,13 +59,9 @@ inline bool expand_covered_by_sm90(const Launch& launch, const FactorPair& facto
          covered_by_sm90(launch, factors, y, u);
 }
 
-// Columns (a, b) by tokens of a block of project_sm90: the larger ones need fewer instructions for each product, the smaller
-// ones fill the device with fewer tokens.
-enum class ProjectSm90Form { k128By64, k256By64, k256By128 };
-inline ProjectSm90Form project_sm90_form(const Launch& launch, int r1, int rank2) {
-  if (r1 * static_cast<int64_t>(rank2) <= 128 || (launch.num_tokens + 63) / 64 * 4 < 3 * launch.num_sms)
-    return ProjectSm90Form::k128By64;
-  return (launch.num_tokens + 127) / 128 * 4 < 3 * launch.num_sms ? ProjectSm90Form::k256By64 : ProjectSm90Form::k256By128;
+// Columns (a, b) of a block of project_sm90: 256, so that x is read once, where its 64-token blocks fill most of the device.
+inline bool wide_project_sm90(const Launch& launch, int r1, int rank2) {
+  return r1 * static_cast<int64_t>(rank2) > 128 && (launch.num_tokens + 63) / 64 * 4 >= 3 * launch.num_sms;
 }
 
 // fn(padded r2, whether f2 lies as [D, r2]) as compile-time constants.

@@ -220,8 +220,7 @@ def follow_products(loop):
         without, stores = [], []
         for instruction in loop:
             if instruction.mnemonic in TENSOR_CORES:
-                operand = instruction.halves(*TENSOR_CORES[instruction.mnemonic])
-                if not operand or not products.issuperset(operand):
+                if not products.intersection(instruction.halves(*TENSOR_CORES[instruction.mnemonic])):
                     without.append(instruction)
             if instruction.mnemonic == "STS" and products.intersection(instruction.stored):
                 stores.append(instruction)
@@ -245,13 +244,12 @@ def test_tensor_cores_and_asynchronous_copies(unit, architecture, kernels):
 
 @each_build
 def test_tensor_core_instructions_overlap(unit, architecture, kernels):
-    """ptxas says where it had to wait for each wgmma before the next (C7508 to C7515); in the loops one group stays in flight."""
+    """ptxas says where it had to wait for each wgmma before the next (C7508 to C7515). Only the wait after the loop is for all."""
     for kernel in kernels[unit, architecture]:
         assert not kernel.remarks
         if FAMILIES[kernel.family].hopper:
-            for loop in main_loops(kernel.code):
-                waits = [instruction.operands for instruction in loop if instruction.operation == "WARPGROUP.DEPBAR.LE"]
-                assert waits and all(operands == ["gsb0", "0x1"] for operands in waits), kernel.name
+            waits = re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", kernel.code)
+            assert waits.count("0x0") == 1 and waits.count("0x1") == len(waits) - 1 >= 2, kernel.name
 
 
 @each_build

@@ -122,12 +122,17 @@ ABBA_DEVICE void consume(const ExpandParams& p, const TensorMap& y_map, unsigned
     sent = -1;
   };
 
-  for (int64_t tile = tiles.first + group; tile < tiles.last; tile += kConsumerGroups, slot.advance(kConsumerGroups)) {
-    for (; u_row < tiles.row(tile); ++u_row) {  // done with this u, or not concerned with it
+  // Each group releases each u of the block but the last one, when it is done with it or has no tile in that row.
+  const auto pass_to_u_of = [&](int64_t tile) {
+    for (; u_row < tiles.row(tile); ++u_row) {
       u_barriers.wait_full(u_ring);
       arrive_warp(u_barriers.empty(0));
       u_ring.advance();
     }
+  };
+
+  for (int64_t tile = tiles.first + group; tile < tiles.last; tile += kConsumerGroups, slot.advance(kConsumerGroups)) {
+    pass_to_u_of(tile);
     u_barriers.wait_full(u_ring);
     slots.wait_full(slot);
     const uint32_t s_y = s_u + C::kYAt + slot.stage * C::kTileBytes;
@@ -177,6 +182,7 @@ ABBA_DEVICE void consume(const ExpandParams& p, const TensorMap& y_map, unsigned
     }
     sent = slot.stage;
   }
+  pass_to_u_of(tiles.last - 1);
   if (leads) tma_wait_read<0>();  // shared memory lives as long as the block
 }
 

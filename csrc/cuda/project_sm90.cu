@@ -1,9 +1,9 @@
 // project on Hopper: uᵀ[R, T] = KR(f1, f2)[R, D] xᵀ[D, T], for bf16 and fp16 x whose rows TMA can copy (dispatch.h).
 //
-// A block makes 128 or 256 columns (a, b) of u for 64 or 128 tokens, in steps of 64 features. The producing warpgroup
+// A block makes 128 or 256 columns (a, b) of u for 64 tokens, in steps of 64 features. The producing warpgroup
 // brings x by TMA and the factors through registers, two steps ahead, rounded on the way. Each of the two consuming ones
 // forms the Khatri–Rao operand of its 64 or 128 columns in registers, as wgmma's A, double-buffered; x is B. u leaves
-// transposed, by stmatrix and TMA. Grid: (token tiles, column tiles). At most 200 KB of shared memory. fp32 accumulation,
+// transposed, by stmatrix and TMA. Grid: (token tiles, column tiles). At most 150 KB of shared memory. fp32 accumulation,
 // one rounding.
 #include "../dispatch.h"
 #include "pipeline_sm90.cuh"
@@ -13,13 +13,13 @@ namespace {
 
 // --- config ---
 
-template <typename T_, int kRank2_, bool kRanksInner_, int kTilesM_, int kBlockTokens_>
+template <typename T_, int kRank2_, bool kRanksInner_, int kTilesM_>
 struct ProjectSm90Config {
   using T = T_;
   static constexpr int kRank2 = kRank2_;
   static constexpr bool kRanksInner = kRanksInner_;    // f2 lies as [D, r2]
   static constexpr int kTilesM = kTilesM_;             // m64 tiles of a warpgroup
-  static constexpr int kBlockTokens = kBlockTokens_;   // wgmma's n
+  static constexpr int kBlockTokens = 64;              // wgmma's n
   static constexpr int kTiles = kConsumerGroups * kTilesM, kBlockColumns = 64 * kTiles;
   static constexpr int kBlockRanks1 = kBlockColumns / kRank2;  // values of a
   static constexpr int kBlockFeatures = 64;
@@ -170,14 +170,14 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 // --- launcher ---
 
-template <typename T, int kRank2, bool kRanksInner, int kTilesM, int kBlockTokens>
+template <typename T, int kRank2, bool kRanksInner, int kTilesM>
 int launch(const ProjectParams& p) {
-  using C = ProjectSm90Config<T, kRank2, kRanksInner, kTilesM, kBlockTokens>;
+  using C = ProjectSm90Config<T, kRank2, kRanksInner, kTilesM>;
   const int64_t num_tokens = p.launch.num_tokens, num_columns = static_cast<int64_t>(p.factors.r1) * p.factors.r2;
   TensorMap x_map, u_map;
-  if (const int error = make_tensor_map(x_map, p.x, num_tokens, p.launch.num_features, kBlockTokens)) return error;
-  if (const int error = make_tensor_map(u_map, p.u, num_tokens, num_columns, kBlockTokens)) return error;
-  const dim3 grid(static_cast<unsigned>((num_tokens + kBlockTokens - 1) / kBlockTokens),
+  if (const int error = make_tensor_map(x_map, p.x, num_tokens, p.launch.num_features, C::kBlockTokens)) return error;
+  if (const int error = make_tensor_map(u_map, p.u, num_tokens, num_columns, C::kBlockTokens)) return error;
+  const dim3 grid(static_cast<unsigned>((num_tokens + C::kBlockTokens - 1) / C::kBlockTokens),
                   static_cast<unsigned>((num_columns + C::kBlockColumns - 1) / C::kBlockColumns));
   return ABBA_LAUNCH((project_sm90_kernel<C>), grid, dim3(kSm90Threads), C::kSharedBytes, p.launch.stream, p, x_map, u_map);
 }
@@ -190,11 +190,8 @@ int project_sm90(const ProjectParams& p) {
     return with_rank2(p.factors, [&](auto rank2, auto ranks_inner) {
       constexpr int kRank2 = decltype(rank2)::value;
       constexpr bool kRanksInner = decltype(ranks_inner)::value;
-      switch (project_sm90_form(p.launch, p.factors.r1, kRank2)) {
-        case ProjectSm90Form::k256By128: return launch<T, kRank2, kRanksInner, 2, 128>(p);
-        case ProjectSm90Form::k256By64: return launch<T, kRank2, kRanksInner, 2, 64>(p);
-        default: return launch<T, kRank2, kRanksInner, 1, 64>(p);
-      }
+      return wide_project_sm90(p.launch, p.factors.r1, kRank2) ? launch<T, kRank2, kRanksInner, 2>(p)
+                                                               : launch<T, kRank2, kRanksInner, 1>(p);
     });
   });
 }
