@@ -3,7 +3,7 @@
 // A block makes 128 or 256 columns (a, b) of u for 64 tokens, in steps of 64 features. The producing warpgroup
 // brings x by TMA and the factors through registers, two steps ahead, rounded on the way. Each of the two consuming ones
 // forms the Khatri–Rao operand of its 64 or 128 columns in registers, as wgmma's A, double-buffered; x is B. u leaves
-// transposed, by stmatrix and TMA. Grid: (token tiles, column tiles). At most 150 KB of shared memory. fp32 accumulation,
+// transposed, by stmatrix and TMA. Grid: (token tiles, column tiles). At most 132 KB of shared memory. fp32 accumulation,
 // one rounding.
 #include "../dispatch.h"
 #include "pipeline_sm90.cuh"
