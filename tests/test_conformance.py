@@ -80,6 +80,11 @@ def words(halves: Tensor) -> Tensor:
     return halves.contiguous().view(torch.int16).view(torch.int32).squeeze(-1)
 
 
+def all_bits(count: int, seed: int) -> Tensor:
+    """Words of any bits."""
+    return torch.randint(-2**31, 2**31, (count,), generator=generator(seed), dtype=torch.int32)
+
+
 def patterns(count: int, seed: int, special: list[int]) -> Tensor:
     """16-bit patterns [count, 2], any of them, and each pair of the special ones."""
     random = torch.randint(-2**15, 2**15, (count, 2), generator=generator(seed), dtype=torch.int16)
@@ -269,22 +274,26 @@ def run_emulated(module, schedule: emulator.Schedule, case: Case) -> Tensor:
     return out
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """wrappers.cu as nvcc compiles it: for the visible GPU, else for the first architecture of the kernels."""
+def compile_for_device(source: Path, target: Path, architecture: str):
+    """run_wrapper of one of the files of kernels, as nvcc compiles it."""
     try:
         nvcc = cuda_toolkit.find_nvcc()
     except cuda_toolkit.Unusable as reason:
         pytest.skip(f"the wrappers cannot be compiled for a GPU: {reason}")
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else cuda_toolkit.MIN_ARCHITECTURE
-    target = tmp_path_factory.mktemp("conformance") / "wrappers.so"
-    command = [nvcc, "-shared", "-Xcompiler", "-fPIC", "-std=c++20", f"-ccbin={emulator.CXX}", f"-arch=sm_{major}{minor}",
-               "-I", emulator.ROOT / "csrc", "-o", target, emulator.ROOT / FOLDER / "wrappers.cu"]
+    command = [nvcc, "-shared", "-Xcompiler", "-fPIC", "-std=c++20", f"-ccbin={emulator.CXX}", f"-arch=sm_{architecture}",
+               "-I", emulator.ROOT / "csrc", "-o", target, emulator.ROOT / source]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     run = ctypes.CDLL(str(target)).run_wrapper
     run.argtypes = [ctypes.c_char_p, *3 * [ctypes.c_void_p], *2 * [ctypes.c_int]]
     return run
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """wrappers.cu for the visible GPU, else for the first architecture of the kernels."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else cuda_toolkit.MIN_ARCHITECTURE
+    return compile_for_device(FOLDER / "wrappers.cu", tmp_path_factory.mktemp("conformance") / "wrappers.so", f"{major}{minor}")
 
 
 def run_on_device(library, case: Case) -> Tensor:

@@ -236,8 +236,8 @@ def test_shuffles(any_build, schedule):
 def test_bank_conflicts_of_ldmatrix_are_counted(any_build, kernel, extra):
     any_build.reset_counters()
     run(any_build, emulator.Schedule(), kernel, [], threads=32, shared=1024)
-    assert any_build.counters() == {"ldmatrix_phases": 4, "ldmatrix_extra_wavefronts": extra, "mma": 0, "cp_async": 0,
-                                    "cp_async_bytes": 0}
+    counted = {name: count for name, count in any_build.counters().items() if count}
+    assert counted == {"ldmatrix_phases": 4} | ({"ldmatrix_extra_wavefronts": extra} if extra else {})
 
 
 def test_addresses_beyond_2_to_31_elements(any_build):
@@ -288,4 +288,4 @@ def test_no_finding_outlives_its_launch(checked):
 
 def test_inline_assembly_is_only_in_the_wrappers():
     users = [path.name for path in emulator.ROOT.glob("csrc/cuda/*") if re.search(r"\basm\b", path.read_text())]
-    assert users == ["ptx.cuh"]
+    assert sorted(users) == ["ptx.cuh", "ptx_sm90.cuh"]
