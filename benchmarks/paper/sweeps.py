@@ -22,7 +22,8 @@ from model_methods import TARGETS
 from outcomes import HEADINGS, Rows, below, cells, conditions, draw_points, held_out, loss, mean, order
 from starts import STARTS
 
-SMALL = {"items": 40, "eval_items": 16}  # of each task
+from abba_ext import AbbaConfig
+
 RANKS = {"small": (8, 16, 32, 64), "full": (16, 32, 64, 128)}
 ALPHAS = (4, 8, 16, 24, 32, 48, 64)
 GROUPS = {"least": ("q_proj", "k_proj"), "middle": ("v_proj", "up_proj"), "most": ("gate_proj", "o_proj", "down_proj")}
@@ -70,7 +71,7 @@ def split_label(r1: int, r2: int) -> str:
 
 def split_cases(rank: int, full: bool) -> dict[str, dict[str, Any]]:
     firsts = (rank // 8, rank // 4, 3 * rank // 8, rank // 2)
-    return {split_label(r1, rank - r1): {"ranks": (r1, rank - r1)} for r1 in firsts}
+    return {split_label(r1, rank - r1): {"ranks": (r1, rank - r1)} if 2 * r1 != rank else {} for r1 in firsts}
 
 
 def split_claims(rows: Rows) -> dict[str, bool]:
@@ -92,7 +93,7 @@ def rank_claims(rows: Rows) -> dict[str, bool]:
 
 
 def alpha_cases(rank: int, full: bool) -> dict[str, dict[str, Any]]:
-    return {str(alpha): {"alpha": float(alpha)} for alpha in ALPHAS}
+    return {str(alpha): {"alpha": float(alpha)} if alpha != AbbaConfig().alpha else {} for alpha in ALPHAS}
 
 
 def alpha_claims(rows: Rows) -> dict[str, bool]:
@@ -143,11 +144,11 @@ SWEEPS = {
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    runs, fields = Runs(name, options), settings(options, **SMALL)
+    runs, fields = Runs(options), settings(options)
     first = Run("abba", 0, **fields)
     cases = SWEEPS[name].cases(first.rank, options.full)
-    rows = runs.all((case, Run("abba", seed, **{**fields, **changes})) for seed in range(options.seeds)
-                    for case, changes in cases.items())
+    rows = runs.all(((case, Run("abba", seed, **{**fields, **changes})) for seed in range(options.seeds)
+                     for case, changes in cases.items()), name)
     return {"settings": asdict(first), "rows": rows, **runs.cost()}
 
 
