@@ -263,7 +263,7 @@ WRITTEN = (":(top,exclude)benchmarks/results", ":(top,exclude)benchmarks/paper/r
 
 
 def commit() -> str:
-    """The short commit of this checkout, with "+" if tracked files differ other than what measurements write; "" outside of one."""
+    """The short commit of this checkout, with "+" if tracked files other than WRITTEN differ; "" outside of one."""
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True).stdout.strip()

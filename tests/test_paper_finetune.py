@@ -389,7 +389,7 @@ def test_tuning_goes_on_while_the_best_is_at_an_edge(best, tried):
 
 
 @pytest.fixture
-def small(run, monkeypatch):
+def small(run, tmp_path, monkeypatch):
     """Few cases, tiny models."""
     monkeypatch.setitem(sweeps.SWEEPS, "rank_split", replace(sweeps.SWEEPS["rank_split"], cases=lambda rank, full: {
         "2/6": {"ranks": (2, 6)}, "4/4": {"ranks": (4, 4)}}))
@@ -399,6 +399,7 @@ def small(run, monkeypatch):
     monkeypatch.setattr(step_memory, "LENGTHS", (256,))
     monkeypatch.setattr(step_memory, "COMPARED", ("lora", "dora", "hira", "abba", "full"))
     monkeypatch.setattr(step_time, "COMPARED", ("lora", "abba_eager", "abba"))
+    monkeypatch.setattr(step_time, "QUICK", tmp_path)
     monkeypatch.setitem(SIZES, "135m", {**SIZES["135m"], "hidden_size": 36, "intermediate_size": 48, "vocab_size": 64})
     return ["--model", run.model, "--data", *run.data]
 
@@ -434,6 +435,26 @@ def test_a_module_alone_finds_what_it_imports(name, monkeypatch):
             monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setattr(sys, "path", [str(PAPER), *(path for path in sys.path if Path(path) not in folders)])
     assert importlib.import_module(name).__doc__
+
+
+def test_repetitions_of_the_times_are_not_measured_again(tmp_path, monkeypatch):
+    made = []
+
+    def run_case(case, methods, rounds, device, progress):
+        made.append(case)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return [{"method": method, "median_ms": float(len(made))} for method in methods]
+
+    monkeypatch.setattr(step_time, "run_case", run_case)
+    monkeypatch.setattr(step_time, "QUICK", tmp_path)
+    options = argparse.Namespace(full=False, quick=True, device="cpu", seeds=3)
+    with pytest.raises(KeyboardInterrupt):
+        step_time.measure(options)
+    rows = step_time.measure(options)["rows"]
+    assert len(made) == 4 and len(set(made)) == 1 and not any(tmp_path.iterdir())
+    lora = [(row["repetition"], row["median_ms"]) for row in rows if row["method"] == "lora"]
+    assert lora == [(0, 1.0), (1, 3.0), (2, 4.0)]
 
 
 @pytest.mark.parametrize("times, verdict", [({"abba": 101.0, "abba_eager": 103.0}, common.HOLDS),

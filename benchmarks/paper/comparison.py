@@ -1,6 +1,6 @@
 """Table 1 in miniature: methods on the eight commonsense tasks, every one at a learning rate tuned in the same way.
 
-    python benchmarks/paper/comparison.py           # about 45 runs, an hour of two cores
+    python benchmarks/paper/comparison.py           # about 45 runs, 2 hours of one core
     python benchmarks/paper/comparison.py --full    # the whole data, for a GPU
 
 An experiment that was interrupted goes on when it is started again, in several processes at once if there are cores. A

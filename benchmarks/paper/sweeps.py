@@ -3,7 +3,8 @@
     python benchmarks/paper/sweeps.py init_strategies     # or rank_split, alpha, total_rank, placement
     python benchmarks/paper/sweeps.py alpha --full        # the whole data at rank 32, for a GPU
 
-An experiment that was interrupted goes on when it is started again.
+An experiment that was interrupted goes on when it is started again, in several processes at once if there are cores. A run
+takes about two minutes of one core (AVX2): 25 to 40 minutes for each sweep, less what another has done already.
 """
 import argparse
 import math
@@ -175,7 +176,8 @@ def summary(name: str, results: dict[str, Any]) -> str:
     """Holds if all of the sweep's claims about the held-out loss are true."""
     sweep, rows = SWEEPS[name], results["rows"]
     claims = sweep.claims(rows)
-    lines = [f"{verdict(claims.values())}. The paper: {sweep.paper}. Here, by the held-out loss:", ""]
+    lines = [f"{verdict(claims.values())}. The paper: {sweep.paper}. Here, by the held-out loss "
+             "(a \"no\" to a significant difference may be a tie):", ""]
     lines += [f"- {claim}: {'yes' if true else 'no'}" for claim, true in claims.items()]
     head = f"| {sweep.title} | trained | {HEADINGS} |" + (" paper |" if sweep.numbers else "")
     lines += ["", head, "|---" * (head.count("|") - 1) + "|"]
