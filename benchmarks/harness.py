@@ -258,13 +258,17 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", " ", name.lower())).strip("-")
 
 
+WRITTEN = (":(top,exclude)benchmarks/results", ":(top,exclude)benchmarks/paper/results",
+           ":(top,exclude)benchmarks/paper/README.md")  # by measurements
+
+
 def commit() -> str:
-    """The short commit of this checkout, with "+" if tracked files differ; "" outside of one."""
+    """The short commit of this checkout, with "+" if tracked files other than WRITTEN differ; "" outside of one."""
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True).stdout.strip()
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", ":/", *WRITTEN) else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -34,12 +34,12 @@ FACTORS = ("abba_A1", "abba_B1", "abba_A2", "abba_B2")
 
 
 @pytest.fixture
-def run(tiny_model, monkeypatch):
-    """Four steps in fp32 on the tiny model."""
-    monkeypatch.setattr(finetune, "has_bf16", lambda: False)
+def run(tiny_model, tmp_path_factory, monkeypatch):
+    """Four steps on the tiny model, with the seed that learning rates are chosen by."""
+    monkeypatch.setattr(finetune, "LOCKS", tmp_path_factory.mktemp("locks"))
     finetune.load_base.cache_clear()
-    yield finetune.Run("abba", seed=1, rank=4, dropout=0.1, model=str(tiny_model), data=(str(QUESTIONS),), items=8, batch=2,
-                       max_length=64, eval_items=2, validation_items=1)
+    yield finetune.Run("abba", seed=finetune.TUNING_SEED, rank=4, dropout=0.1, model=str(tiny_model), data=(str(QUESTIONS),),
+                       items=8, batch=2, max_length=64, eval_items=2, validation_items=1)
     finetune.load_base.cache_clear()
 
 
@@ -79,26 +79,31 @@ def test_an_interrupted_run_resumes_with_the_same_result(method, run, tmp_path, 
     assert whole["losses"] != finetune.execute(replace(run, seed=2))["losses"]
 
 
-def full_forward_losses(model, tokenizer, item):
-    """Negative log-likelihoods of the tokens of each choice: one forward without padding each."""
+def full_forward_losses(model, tokenizer, item, max_length=64, end=False):
+    """Negative log-likelihoods of the tokens of each choice: one forward without padding each.
+
+    A question too long for its longest answer loses its start.
+    """
+    answers = [tokenizer(" " + choice, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * end
+               for choice in item.choices]
+    prompt = tokenizer(item.prompt)["input_ids"][-(max_length - max(map(len, answers))):]
     losses = []
-    for choice in range(len(item.choices)):
-        feature = finetune.encode(tokenizer, item, choice, 64)
+    for answer in answers:
         with torch.no_grad():
-            logits = model(torch.tensor([feature["input_ids"]])).logits[0, :-1]
-        labels = torch.tensor(feature["labels"][1:])
-        losses.append(cross_entropy(logits, labels, reduction="none")[labels != -100])
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1: -1]
+        losses.append(cross_entropy(logits, torch.tensor(answer), reduction="none"))
     return losses
 
 
-def test_evaluation_is_that_of_one_full_forward_per_answer(run):
+@pytest.mark.parametrize("max_length", [64, 16])
+def test_evaluation_is_that_of_one_full_forward_per_answer(run, max_length):
     items = finetune.load_questions(str(QUESTIONS), 1)[0]
-    model, tokenizer = finetune.load_base(run.model, "cpu").eval(), finetune.load_text(run.model)
-    losses = [full_forward_losses(model, tokenizer, item) for item in items]
+    model, tokenizer = finetune.load_base(run.model, "cpu", "float32").eval(), finetune.load_text(run.model)
+    losses = [full_forward_losses(model, tokenizer, item, max_length) for item in items]
     sums = [[loss.sum().item() for loss in own] for own in losses]
     by_byte = [[loss / len(text.encode()) for loss, text in zip(own, item.choices, strict=True)]
                for own, item in zip(sums, items, strict=True)]
-    found = finetune.evaluate(model, tokenizer, {"a": items[:3], "b": items[3:]}, 64, choices=True)
+    found = finetune.evaluate(model, tokenizer, {"a": items[:3], "b": items[3:]}, max_length, choices=True)
     for part, chosen in (("a", slice(0, 3)), ("b", slice(3, None))):
         answers = [item.answer for item in items[chosen]]
         expected = {
@@ -106,8 +111,24 @@ def test_evaluation_is_that_of_one_full_forward_per_answer(run):
             "acc": [own.index(min(own)) == answer for own, answer in zip(sums[chosen], answers, strict=True)],
             "acc_norm": [own.index(min(own)) == answer for own, answer in zip(by_byte[chosen], answers, strict=True)]}
         assert found[part] == pytest.approx({key: sum(values) / len(values) for key, values in expected.items()}, rel=1e-4)
-    right = finetune.evaluate(model, tokenizer, {"a": items[:3]}, 64, choices=False)
-    assert right["a"] == {"loss": pytest.approx(found["a"]["loss"], rel=1e-4)}
+    if max_length == 64:  # where no question loses its start
+        right = finetune.evaluate(model, tokenizer, {"a": items[:3]}, max_length, choices=False)
+        assert right["a"] == {"loss": pytest.approx(found["a"]["loss"], rel=1e-4)}
+
+
+def test_a_question_is_packed_once_with_all_its_answers(run):
+    tokenizer = finetune.load_text(run.model)
+    item = finetune.Question("one two three?", ("four", "five six"), 1)
+    prompt, answers = tokenizer(item.prompt)["input_ids"], [
+        tokenizer(" " + choice, add_special_tokens=False)["input_ids"] for choice in item.choices]
+    packed = finetune.pack(tokenizer, item, range(2), 64)
+    assert packed.tokens == prompt + answers[0] + answers[1]
+    assert packed.parts == [0] * len(prompt) + [1] * len(answers[0]) + [2] * len(answers[1])
+    assert packed.positions == [*range(len(prompt)), *range(len(prompt), len(prompt) + len(answers[0])),
+                                *range(len(prompt), len(prompt) + len(answers[1]))]
+    short = finetune.pack(tokenizer, item, [1], len(answers[1]) + 3, end=True)
+    assert short.tokens == prompt[-2:] + answers[1] + [tokenizer.eos_token_id]
+    assert short.positions == list(range(len(short.parts)))
 
 
 def test_a_step_learns_the_mean_over_all_its_answer_tokens(run):
@@ -116,13 +137,16 @@ def test_a_step_learns_the_mean_over_all_its_answer_tokens(run):
     tokenizer = finetune.load_text(run.model)
     training = finetune.Training(finetune.adapt(run, "cpu"), tokenizer, questions, run)
     assert training.steps == 2 and sorted(sum(training.plan, [])) == list(range(8))
-    features = [training.features[i] for batch in training.plan[:2] for i in batch]
-    sums, counts = finetune.answer_losses(training.model, finetune.collate(features, tokenizer.pad_token_id))
+    chosen = [i for batch in training.plan[:2] for i in batch]
+    losses = torch.cat([full_forward_losses(training.model, tokenizer, questions[i], end=True)[questions[i].answer]
+                        for i in chosen])
+    sums, counts = finetune.answer_losses(training.model, [training.packs[i] for i in chosen])
+    assert counts.sum() == len(losses)
     (sums.sum() / counts.sum()).backward()
     norm = torch.stack([p.grad.norm() for p in training.parameters if p.grad is not None]).norm().item()
     training.optimizer.zero_grad()
     assert training.step()
-    assert training.losses == [pytest.approx((sums.sum() / counts.sum()).item(), rel=1e-5)]
+    assert training.losses == [pytest.approx(losses.mean().item(), rel=1e-5)]
     assert training.norms == [pytest.approx(norm, rel=1e-4)]
 
 
@@ -166,16 +190,43 @@ def test_finished_runs_are_not_repeated(run, tmp_path, monkeypatch):
     options = argparse.Namespace(full=False, quick=True, output=tmp_path, device="cpu")
     labelled = [(str(seed), replace(run, seed=seed)) for seed in range(4)]
     with pytest.raises(KeyboardInterrupt):
-        finetune.Runs("planted", options).all(labelled)
+        finetune.Runs(options).all(labelled, "planted")
     assert done == [0, 1]
     done.clear()
-    runs = finetune.Runs("planted", options)
-    rows = runs.all(labelled)
-    assert done == [2, 3] and runs.cost() == {"runs": 4, "seconds": 6.0, "processor_seconds": 4.0}
+    runs = finetune.Runs(options)
+    rows = runs.all(labelled, "planted")
+    assert done == [2, 3]
+    assert runs.cost() == {"runs": 4, "devices": [finetune.harness.device_name(torch.device("cpu"))], "seconds": 6.0,
+                           "processor_seconds": 4.0}
     assert [(row["case"], row["seed"], len(row["losses"])) for row in rows] == [(str(seed), seed, 50) for seed in range(4)]
     assert sum(rows[0]["losses"]) / 50 == pytest.approx(59.5, abs=0.5)
-    entries = [json.loads(line) for line in (tmp_path / "planted.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(entries) == 4 and entries[0]["environment"].keys() >= {"device", "torch", "peft", "commit"}
+
+
+def test_processes_side_by_side_share_the_runs(run, tmp_path, monkeypatch):
+    """A run that another process is at is left to it, and waited for where its result is needed."""
+    options = argparse.Namespace(full=False, quick=True, output=tmp_path, device="cpu")
+    here, there = finetune.Runs(options), finetune.Runs(options)
+    order = []
+
+    def execute(asked, device, every):
+        order.append(asked.seed)
+        if asked.seed == 0:
+            there.finish(run, wait=False)  # of seed 0, which is being done
+            there.finish(replace(run, seed=1), wait=False)
+        return {"seconds": 1.0, "processor_seconds": 1.0, "diverged": True}
+
+    monkeypatch.setattr(finetune, "execute", execute)
+    rows = here.all([(str(seed), replace(run, seed=seed)) for seed in range(3)], "planted")
+    assert order == [0, 1, 2] and [row["seed"] for row in rows] == [0, 1, 2]
+
+
+def test_a_shared_case_is_one_run():
+    centres = [sweeps.SWEEPS[name].cases(16, False)[case] for name, case in (
+        ("rank_split", "8/8"), ("alpha", "16"), ("total_rank", "16"), ("init_strategies", starts.STARTS["ours"].label))]
+    assert len({finetune.Run("abba", 0, **changes).key for changes in centres}) == 1
+    assert "float32" in finetune.Run("abba", 0).key and "bfloat16" in finetune.Run("abba", 0, **finetune.FULL).key
 
 
 @pytest.mark.parametrize("arguments, every, items", [([], 0, 60), (["--quick"], 0, 4), (["--full"], 100, None)])
@@ -190,7 +241,7 @@ def test_only_full_runs_write_checkpoints(arguments, every, items, tmp_path, mon
     parser = finetune.parser("")
     common.add_arguments(parser)
     options = parser.parse_args(["--output", str(tmp_path), *arguments])
-    finetune.Runs("planted", options)(finetune.Run("abba", 0, **finetune.settings(options, items=60)))
+    finetune.Runs(options)(finetune.Run("abba", 0, **finetune.settings(options, items=60)))
     assert seen == [(items, every)]
 
 
@@ -268,8 +319,9 @@ def planted(losses, diverged=()):
 
 
 def results_of(rows):
-    settings = {"model": None, "batch": 8, "accumulation": 1, "data": ["task"], "max_length": 128, "eval_items": 24, "rank": 32}
-    return {"settings": settings, "rows": rows, "runs": 3, "seconds": 60.0, "processor_seconds": 50.0}
+    settings = {"model": None, "batch": 8, "accumulation": 1, "data": ["task"], "max_length": 128, "eval_items": 24, "rank": 32,
+                "dtype": "float32"}
+    return {"settings": settings, "rows": rows, "runs": 3, "devices": ["a processor"], "seconds": 60.0, "processor_seconds": 50.0}
 
 
 LABELS = [start.label for start in starts.STARTS.values()]
@@ -337,7 +389,7 @@ def test_tuning_goes_on_while_the_best_is_at_an_edge(best, tried):
 
 
 @pytest.fixture
-def small(run, monkeypatch):
+def small(run, tmp_path, monkeypatch):
     """Few cases, tiny models."""
     monkeypatch.setitem(sweeps.SWEEPS, "rank_split", replace(sweeps.SWEEPS["rank_split"], cases=lambda rank, full: {
         "2/6": {"ranks": (2, 6)}, "4/4": {"ranks": (4, 4)}}))
@@ -347,6 +399,7 @@ def small(run, monkeypatch):
     monkeypatch.setattr(step_memory, "LENGTHS", (256,))
     monkeypatch.setattr(step_memory, "COMPARED", ("lora", "dora", "hira", "abba", "full"))
     monkeypatch.setattr(step_time, "COMPARED", ("lora", "abba_eager", "abba"))
+    monkeypatch.setattr(step_time, "QUICK", tmp_path)
     monkeypatch.setitem(SIZES, "135m", {**SIZES["135m"], "hidden_size": 36, "intermediate_size": 48, "vocab_size": 64})
     return ["--model", run.model, "--data", *run.data]
 
@@ -382,6 +435,26 @@ def test_a_module_alone_finds_what_it_imports(name, monkeypatch):
             monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setattr(sys, "path", [str(PAPER), *(path for path in sys.path if Path(path) not in folders)])
     assert importlib.import_module(name).__doc__
+
+
+def test_repetitions_of_the_times_are_not_measured_again(tmp_path, monkeypatch):
+    made = []
+
+    def run_case(case, methods, rounds, device, progress):
+        made.append(case)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return [{"method": method, "median_ms": float(len(made))} for method in methods]
+
+    monkeypatch.setattr(step_time, "run_case", run_case)
+    monkeypatch.setattr(step_time, "QUICK", tmp_path)
+    options = argparse.Namespace(full=False, quick=True, device="cpu", seeds=3)
+    with pytest.raises(KeyboardInterrupt):
+        step_time.measure(options)
+    rows = step_time.measure(options)["rows"]
+    assert len(made) == 4 and len(set(made)) == 1 and not any(tmp_path.iterdir())
+    lora = [(row["repetition"], row["median_ms"]) for row in rows if row["method"] == "lora"]
+    assert lora == [(0, 1.0), (1, 3.0), (2, 4.0)]
 
 
 @pytest.mark.parametrize("times, verdict", [({"abba": 101.0, "abba_eager": 103.0}, common.HOLDS),

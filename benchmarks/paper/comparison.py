@@ -1,11 +1,11 @@
 """Table 1 in miniature: methods on the eight commonsense tasks, every one at a learning rate tuned in the same way.
 
-    python benchmarks/paper/comparison.py           # hours on two cores
+    python benchmarks/paper/comparison.py           # about 45 runs, 2 hours of one core
     python benchmarks/paper/comparison.py --full    # the whole data, for a GPU
 
-An experiment that was interrupted goes on when it is started again. A method's learning rate is the one of the least validation
-loss with the first seed: the middle three of RATES are tried, then further ones while the best is at an edge. All seeds are run
-at that rate.
+An experiment that was interrupted goes on when it is started again, in several processes at once if there are cores. A
+method's learning rate is the one of the least validation loss with the first seed: three of RATES are tried, then further
+ones while the best is at an edge. All seeds are run at that rate.
 """
 import argparse
 import math
@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from common import Experiment, main, verdict
-from finetune import Run, Runs, parser, settings
+from finetune import TUNING_SEED, Run, Runs, parser, settings
 from matplotlib.figure import Figure
 from outcomes import HEADINGS, below, cell, cells, conditions, draw_points, held_out, over_seeds
 from tqdm.auto import tqdm
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-SMALL = {"rank": 32, "items": 60, "eval_items": 24}  # of each task
+TRIED_FIRST = slice(1, 4)
+RANK = 32
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def tune(train: Callable[[float], dict[str, Any]], rates: Sequence[float] = RATE
 
     Args:
         train: Learning rate → row of a run.
-        rates: In order; the middle three are tried first.
+        rates: In order; those of TRIED_FIRST come first, or a single one.
     """
-    low, high = max(0, len(rates) // 2 - 2), len(rates) // 2 + 1
+    low, high, _ = TRIED_FIRST.indices(len(rates)) if len(rates) > 1 else (0, 1, 1)
     tried: dict[float, float | None] = {}
     while True:
         for lr in rates[low:high]:
@@ -82,15 +83,16 @@ def best_rate(tried: dict[float, float | None]) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    runs, fields = Runs("commonsense", options), settings(options, **SMALL)
-    first = Run(BASE, 0, **fields)
-    rows, tuning = [{"case": BASE, **runs(first)}], {}
+    runs, fields = Runs(options), settings(options, rank=RANK)
+    first = Run(BASE, TUNING_SEED, **fields)
     rates = RATES[2:3] if options.quick else RATES
-    for method in tqdm(METHODS, desc="commonsense", unit="method"):
-        run = replace(first, method=method.method, rank=int(first.rank * method.share))
-        tuning[method.label] = tune(lambda lr, run=run: runs(replace(run, lr=lr)), rates)
-        run = replace(run, lr=best_rate(tuning[method.label]))
-        rows += runs.all((method.label, replace(run, seed=seed)) for seed in range(options.seeds))
+    plain = {method.label: replace(first, method=method.method, rank=int(first.rank * method.share)) for method in METHODS}
+    runs.all([(BASE, first)] + [(label, replace(run, lr=lr)) for label, run in plain.items()
+                                for lr in (rates if options.quick else rates[TRIED_FIRST])], "first rates")
+    tuning = {label: tune(lambda lr, run=run: runs(replace(run, lr=lr)), rates)
+              for label, run in tqdm(plain.items(), desc="further rates", unit="method")}
+    rows = runs.all([(BASE, first)] + [(label, replace(run, lr=best_rate(tuning[label]), seed=seed))
+                                       for label, run in plain.items() for seed in range(options.seeds)], "seeds")
     tuning = {label: [{"lr": lr, "loss": loss} for lr, loss in tried.items()] for label, tried in tuning.items()}
     return {"settings": asdict(first), "rows": rows, "tuning": tuning, **runs.cost()}
 

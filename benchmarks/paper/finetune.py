@@ -1,10 +1,13 @@
-"""Fine-tuning runs of SmolLM2-135M on the eight commonsense tasks, each done once: a line of results/<experiment>.jsonl.
+"""Fine-tuning runs of SmolLM2-135M on the eight commonsense tasks, each done once: a line of results/runs.jsonl.
 
-A run is told by its settings. One that is in the file is read from there, so that an experiment goes on where it was
-interrupted; a long run also goes on from its last checkpoint.
+A run is told by its settings. One that is in the file is read from there, whichever experiment has asked for it first: an
+experiment goes on where it was interrupted, and several processes may work at it side by side. A long run also goes on from
+its last checkpoint.
 """
 import argparse
+import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import json
@@ -13,7 +16,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 from common import QUICK, RESULTS, harness
 from commonsense import TASKS, Question, load_questions
-from finetune_commonsense import collate, encode, has_bf16, load_tokenizer, pretrained_options, to_device
+from finetune_commonsense import load_tokenizer, pretrained_options
 from model_methods import TARGETS, attach, trainable
 from starts import apply_start
 from torch import Tensor, nn
@@ -34,10 +37,12 @@ from abba_ext.checkpoint import replace_file
 WARMUP = 0.02  # share of the steps (Table 13)
 CLIP = 1.0  # largest norm of the gradient, the Trainer's
 POOL = 8  # batches whose questions are sorted by length together
-EVAL_BATCH = 32  # answers
+EVAL_BATCH = 16  # questions with all their answers
+TUNING_SEED = 0  # of the runs that a learning rate is chosen by
 CURVE_POINTS = 50
 CHECKPOINT_EVERY = 100  # steps, with --full
 CHECKPOINTS = QUICK / "checkpoints"
+LOCKS = QUICK / "locks"
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Run:
         max_length: Tokens; longer questions lose their start.
         eval_items: Held-out questions of each source; None for all.
         validation_items: Training questions of each source that are set aside to choose the learning rate by.
+        dtype: Of the base and of the products.
     """
 
     method: str
@@ -76,13 +82,14 @@ class Run:
     targets: tuple[str, ...] = TARGETS
     model: str | None = None
     data: tuple[str, ...] = TASKS
-    items: int | None = 60
+    items: int | None = 16
     epochs: int = 1
-    batch: int = 8
+    batch: int = 4
     accumulation: int = 1
-    max_length: int = 128
-    eval_items: int | None = 24
-    validation_items: int = 8
+    max_length: int = 64
+    eval_items: int | None = 8
+    validation_items: int = 4
+    dtype: str = "float32"
 
     @property
     def key(self) -> str:
@@ -90,24 +97,20 @@ class Run:
         return json.dumps(asdict(self), sort_keys=True)
 
 
+# Table 13, with its 6 × 24 questions of a step in larger batches.
 FULL = {"rank": 32, "dropout": 0.05, "items": None, "epochs": 2, "batch": 48, "accumulation": 3, "max_length": 256,
-        "eval_items": None, "validation_items": 100}  # Table 13, with its 6 × 24 questions of a step in larger batches
+        "eval_items": None, "validation_items": 100, "dtype": "bfloat16"}
 TINY = {"rank": 8, "items": 4, "batch": 2, "max_length": 64, "eval_items": 2, "validation_items": 1}
 
 
 # --- model and data ---
 
 
-def working_dtype() -> torch.dtype:
-    """Of the base and of the products: bfloat16 where the processor has it."""
-    return torch.bfloat16 if has_bf16() else torch.float32
-
-
 @functools.lru_cache(maxsize=1)
-def load_base(source: str | None, device: str) -> nn.Module:
+def load_base(source: str | None, device: str, dtype: str) -> nn.Module:
     """The base model, with the attention that is fastest at these lengths."""
     options, attention = pretrained_options(source), "eager" if torch.device(device).type == "cpu" else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(**options, dtype=working_dtype(), attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(**options, dtype=getattr(torch, dtype), attn_implementation=attention)
     if "gguf_file" in options:
         model.hf_quantizer.remove_quantization_config(model)
     return model.to(device)
@@ -152,7 +155,7 @@ def batches(lengths: list[int], run: Run) -> list[list[int]]:
 
 def adapt(run: Run, device: str) -> nn.Module:
     """A copy of the base with the run's adapters."""
-    model = copy.deepcopy(load_base(run.model, device))
+    model = copy.deepcopy(load_base(run.model, device, run.dtype))
     options = {"r1": run.ranks[0], "r2": run.ranks[1]} if run.ranks else {}
     dropout = 0.0 if run.method in ("base", "full", "loha") else run.dropout
     attach(model, run.method, rank=run.rank, alpha=run.alpha, dropout=dropout, seed=run.seed, targets=run.targets, **options)
@@ -163,20 +166,65 @@ def adapt(run: Run, device: str) -> nn.Module:
 # --- losses ---
 
 
-def answer_losses(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods of the answers' tokens, summed for each sequence, and the numbers of tokens: [batch] each.
+@dataclass(frozen=True)
+class Packed:
+    """A question followed by some of its answers, each of which sees the question and itself alone.
+
+    Attributes:
+        tokens: The question's, then those of each answer.
+        parts: For each token 0 if it is the question's, k if the k-th answer's.
+        positions: Of the tokens: every answer begins where the question ends.
+    """
+
+    tokens: list[int]
+    parts: list[int]
+    positions: list[int]
+
+
+def pack(tokenizer: Any, item: Question, choices: Iterable[int], max_length: int, end: bool = False) -> Packed:
+    """A question with the answers of these indices, and the end token if asked for.
+
+    The question and any one answer have at most max_length tokens together; a longer question loses its start.
+    """
+    answers = []
+    for choice in choices:
+        answer = tokenizer(" " + item.choices[choice], add_special_tokens=False)["input_ids"]
+        answers.append((answer + [tokenizer.eos_token_id] * end)[: max_length - 1])
+    prompt = tokenizer(item.prompt)["input_ids"][-(max_length - max(map(len, answers))):]
+    tokens, parts, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
+    for part, answer in enumerate(answers, 1):
+        tokens += answer
+        parts += [part] * len(answer)
+        positions += range(len(prompt), len(prompt) + len(answer))
+    return Packed(tokens, parts, positions)
+
+
+def answer_losses(model: nn.Module, batch: list[Packed]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods of the answers' tokens, summed for each answer, and the numbers of tokens: [answers] each.
 
     The output head sees the positions in front of an answer's token, and no others.
     """
-    labels, device = inputs["labels"], model.device.type
-    with torch.autocast(device, working_dtype(), enabled=has_bf16()):
-        hidden = model.get_decoder()(**{key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids")},
-                                     use_cache=False).last_hidden_state[:, -labels.size(1):-1]
-        answers = labels[:, 1:] != -100
-        logits = model.get_output_embeddings()(hidden[answers])
-    losses = cross_entropy(logits.float(), labels[:, 1:][answers], reduction="none")
-    sums = losses.new_zeros(len(labels)).index_add(0, answers.nonzero()[:, 0], losses)
-    return sums, answers.sum(1)
+    device, dtype, width = model.device, model.dtype, max(len(packed.tokens) for packed in batch)
+    tokens, parts, positions = (
+        torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
+        for rows, fill in (([packed.tokens for packed in batch], 0), ([packed.parts for packed in batch], -1),
+                           ([packed.positions for packed in batch], 0)))
+    sees = (parts[:, :, None] == parts[:, None]) | (parts[:, None] == 0)
+    sees &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+    rows, columns = (parts > 0).nonzero(as_tuple=True)
+    answers = parts[rows, columns]
+    lengths = (parts == 0).sum(1)[rows]  # of the questions
+    before = torch.where(answers == parts[rows, columns - 1], columns, lengths) - 1
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        hidden = model.get_decoder()(input_ids=tokens, attention_mask=mask, position_ids=positions,
+                                     use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[rows, before])
+    losses = cross_entropy(logits.float(), tokens[rows, columns], reduction="none")
+    numbers = parts.amax(1).cumsum(0)  # of answers up to each row
+    index = (numbers[rows] - parts.amax(1)[rows]) + answers - 1
+    sums = losses.new_zeros(int(numbers[-1])).index_add(0, index, losses)
+    return sums, index.bincount(minlength=len(sums))
 
 
 @torch.no_grad()
@@ -188,7 +236,7 @@ def evaluate(model: nn.Module, tokenizer: Any, questions: dict[str, list[Questio
         model: The model.
         tokenizer: Its tokenizer.
         questions: By source.
-        max_length: Tokens; longer questions lose their start.
+        max_length: Tokens of a question and an answer; longer questions lose their start.
         choices: Whether all answers are read, not the right one only.
 
     Returns:
@@ -196,30 +244,23 @@ def evaluate(model: nn.Module, tokenizer: Any, questions: dict[str, list[Questio
         the shares of questions whose right answer is the likeliest, as a sum over tokens and divided by its bytes.
     """
     model.eval()
-    asked = [(item, choice) for items in questions.values() for item in items
-             for choice in (range(len(item.choices)) if choices else [item.answer])]
-    features = [encode(tokenizer, item, choice, max_length) for item, choice in asked]
-    order = sorted(range(len(asked)), key=lambda k: len(features[k]["input_ids"]))
-    losses, counts = [0.0] * len(asked), [0] * len(asked)
+    asked = [(source, item) for source, items in questions.items() for item in items]
+    packs = [pack(tokenizer, item, range(len(item.choices)) if choices else [item.answer], max_length) for _, item in asked]
+    order = sorted(range(len(asked)), key=lambda k: len(packs[k].tokens))
+    rows: dict[int, dict[str, float]] = {}
     for start in tqdm(range(0, len(order), EVAL_BATCH), desc="evaluating", unit="batch", leave=False):
         chosen = order[start: start + EVAL_BATCH]
-        inputs = to_device(collate([features[k] for k in chosen], tokenizer.pad_token_id), model.device)
-        for k, loss, count in zip(chosen, *(tensor.tolist() for tensor in answer_losses(model, inputs)), strict=True):
-            losses[k], counts[k] = loss, count
-    found, k = {}, 0
-    for source, items in questions.items():
-        rows = []
-        for item in items:
-            width, right = (len(item.choices), item.answer) if choices else (1, 0)
-            own = losses[k: k + width]
-            row = {"loss": own[right] / counts[k + right]}
+        sums, counts = (tensor.split([packs[k].parts[-1] for k in chosen])
+                        for tensor in answer_losses(model, [packs[k] for k in chosen]))
+        for k, losses, tokens in zip(chosen, sums, counts, strict=True):
+            item, losses = asked[k][1], losses.tolist()
+            right = item.answer if choices else 0
+            rows[k] = {"loss": losses[right] / tokens[right].item()}
             if choices:
-                by_byte = [loss / len(text.encode()) for loss, text in zip(own, item.choices, strict=True)]
-                row |= {"acc": own.index(min(own)) == right, "acc_norm": by_byte.index(min(by_byte)) == right}
-            rows.append(row)
-            k += width
-        found[source] = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
-    return found
+                by_byte = [loss / len(text.encode()) for loss, text in zip(losses, item.choices, strict=True)]
+                rows[k] |= {"acc": losses.index(min(losses)) == right, "acc_norm": by_byte.index(min(by_byte)) == right}
+    return {source: {key: statistics.fmean(rows[k][key] for k in range(len(asked)) if asked[k][0] == source)
+                     for key in rows[0]} for source in questions}
 
 
 # --- one run ---
@@ -229,9 +270,9 @@ class Training:
     """The training of a run, which can be interrupted between steps and resumed with the same result."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, questions: list[Question], run: Run):
-        self.model, self.run, self.pad_id = model, run, tokenizer.pad_token_id
-        self.features = [encode(tokenizer, item, item.answer, run.max_length, end=True) for item in questions]
-        self.plan = batches([len(feature["input_ids"]) for feature in self.features], run)
+        self.model, self.run = model, run
+        self.packs = [pack(tokenizer, item, [item.answer], run.max_length, end=True) for item in questions]
+        self.plan = batches([len(packed.tokens) for packed in self.packs], run)
         self.steps = math.ceil(len(self.plan) / run.accumulation)
         self.parameters = trainable(model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=run.lr, weight_decay=0.0)
@@ -243,12 +284,11 @@ class Training:
     def step(self) -> bool:
         """One optimizer step, on the mean over the answers' tokens. Returns False, having learnt nothing, if it diverged."""
         start = len(self.losses) * self.run.accumulation
-        parts = [collate([self.features[i] for i in batch], self.pad_id)
-                 for batch in self.plan[start: start + self.run.accumulation]]
-        tokens = sum((part["labels"][:, 1:] != -100).sum().item() for part in parts)
+        batches = [[self.packs[i] for i in batch] for batch in self.plan[start: start + self.run.accumulation]]
+        tokens = sum(sum(packed.parts) for batch in batches for packed in batch)
         total = 0.0
-        for part in parts:
-            loss = answer_losses(self.model, to_device(part, self.model.device))[0].sum() / tokens
+        for batch in batches:
+            loss = answer_losses(self.model, batch)[0].sum() / tokens
             loss.backward()
             total += loss.item()
         norm = nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
@@ -291,8 +331,8 @@ def execute(run: Run, device: str = "cpu", every: int = 0, checkpoints: Path = C
         checkpoints: Their folder. One that this run has left there is resumed, and removed at the end.
 
     Returns:
-        "trainable" parameters, "dtype" of the base and the products, number of "steps", "losses" and "gradient_norms" (before
-        clipping) of the steps, "training_loss" (their mean over the last tenth), "validation" and "held_out" (see
+        "trainable" parameters, number of "steps", "losses" and "gradient_norms" (before clipping) of the steps,
+        "training_loss" (their mean over the last tenth), "validation" (with TUNING_SEED) and "held_out" (see
         :func:`evaluate`), "seconds", "processor_seconds" (of all threads, since it was last resumed), "peak_bytes" (on a GPU),
         and "diverged": True if a loss or gradient was not finite, which ends a run without losses and evaluations.
     """
@@ -304,8 +344,7 @@ def execute(run: Run, device: str = "cpu", every: int = 0, checkpoints: Path = C
     tokenizer = load_text(run.model)
     questions, validation, held_out = split(run)
     model = adapt(run, device)
-    result: dict[str, Any] = {"trainable": sum(parameter.numel() for parameter in trainable(model)), "diverged": False,
-                              "dtype": str(working_dtype()).removeprefix("torch.")}
+    result: dict[str, Any] = {"trainable": sum(parameter.numel() for parameter in trainable(model)), "diverged": False}
     if result["trainable"]:
         training = Training(model, tokenizer, questions, run)
         start -= training.load(path) if path.exists() else 0.0
@@ -323,8 +362,9 @@ def execute(run: Run, device: str = "cpu", every: int = 0, checkpoints: Path = C
             result |= {"losses": [round(loss, 5) for loss in training.losses],
                        "gradient_norms": [round(norm, 5) for norm in training.norms], "training_loss": statistics.fmean(last)}
     if not result["diverged"]:
-        result |= {"validation": evaluate(model, tokenizer, validation, run.max_length, choices=False),
-                   "held_out": evaluate(model, tokenizer, held_out, run.max_length, choices=True)}
+        if run.seed == TUNING_SEED:
+            result["validation"] = evaluate(model, tokenizer, validation, run.max_length, choices=False)
+        result["held_out"] = evaluate(model, tokenizer, held_out, run.max_length, choices=True)
     path.unlink(missing_ok=True)
     return result | {"seconds": round(time.perf_counter() - start, 1),
                      "processor_seconds": round(time.process_time() - processor_start, 1),
@@ -332,6 +372,19 @@ def execute(run: Run, device: str = "cpu", every: int = 0, checkpoints: Path = C
 
 
 # --- many runs ---
+
+
+@contextlib.contextmanager
+def locked(name: str, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock that other processes on this machine respect; whether it got it, which without wait it may not."""
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    with open(LOCKS / hashlib.sha256(name.encode()).hexdigest()[:16], "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 class Store:
@@ -353,10 +406,11 @@ class Store:
         Raises:
             ValueError: It holds NaN or infinity.
         """
-        entries = self.read() | {run.key: {"run": asdict(run), "result": result, "environment": environment}}
-        text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries.values())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(str(self.path), lambda part: Path(part).write_text(text, encoding="utf-8"))
+        with locked(str(self.path.absolute())):
+            entries = self.read() | {run.key: {"run": asdict(run), "result": result, "environment": environment}}
+            text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries.values())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(str(self.path), lambda part: Path(part).write_text(text, encoding="utf-8"))
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -376,37 +430,42 @@ def settings(options: argparse.Namespace, **small) -> dict[str, Any]:
 
 
 class Runs:
-    """The runs of an experiment: done where they are asked for and not yet in results/<name>.jsonl."""
+    """The runs of an experiment: done where they are asked for and not yet in results/runs.jsonl."""
 
-    def __init__(self, name: str, options: argparse.Namespace):
-        self.store = Store((options.output or (QUICK if options.quick else RESULTS)) / f"{name}.jsonl")
+    def __init__(self, options: argparse.Namespace):
+        self.store = Store((options.output or (QUICK if options.quick else RESULTS)) / "runs.jsonl")
         self.options = options
-        self.done: dict[str, dict[str, Any]] = {}  # results by key
+        self.done: dict[str, dict[str, Any]] = {}  # entries of the store by key
+
+    def finish(self, run: Run, wait: bool = True) -> None:
+        """Does a run unless it is in the store; one that another process is at is waited for, or with wait=False left to it."""
+        with locked(f"{self.store.path.absolute()} {run.key}", wait) as free:
+            if free and run.key not in self.store.read():
+                result = execute(run, self.options.device, CHECKPOINT_EVERY if self.options.full else 0)
+                self.store.add(run, result, harness.metadata(torch.device(self.options.device)))
 
     def __call__(self, run: Run) -> dict[str, Any]:
         """A run's row for the experiment's JSON: its result, with curves of at most CURVE_POINTS points."""
-        entry = self.store.read().get(run.key)
-        if entry is None:
-            every = CHECKPOINT_EVERY if self.options.full else 0
-            result = execute(run, self.options.device, every)
-            self.store.add(run, result, harness.metadata(torch.device(self.options.device)))
-            entry = self.store.read()[run.key]
-        self.done[run.key] = entry["result"]
+        self.finish(run)
+        entry = self.done[run.key] = self.store.read()[run.key]
         row = {"seed": run.seed, "lr": run.lr, **entry["result"]}
         for name in ("losses", "gradient_norms"):
             if name in row:
                 row[name] = condensed(row[name])
         return row
 
-    def all(self, runs: Iterable[tuple[str, Run]]) -> list[dict[str, Any]]:
+    def all(self, runs: Iterable[tuple[str, Run]], title: str) -> list[dict[str, Any]]:
         """The rows of labelled runs, in order, with a progress bar."""
         labelled = list(runs)
-        return [{"case": label, **self(run)} for label, run in tqdm(labelled, desc=self.store.path.stem, unit="run")]
+        for _, run in tqdm(labelled, desc=title, unit="run"):
+            self.finish(run, wait=False)
+        return [{"case": label, **self(run)} for label, run in labelled]
 
     def cost(self) -> dict[str, Any]:
-        """For the experiment's JSON: the number of runs that it asked for, and their seconds of time and of processor time."""
-        return {"runs": len(self.done), **{key: sum(result[key] for result in self.done.values())
-                                           for key in ("seconds", "processor_seconds")}}
+        """For the experiment's JSON: the number of runs that it asked for, their seconds of time and of processor time (of
+        the runs' own experiment or of another), and where they were done."""
+        return {"runs": len(self.done), "devices": sorted({entry["environment"]["device"] for entry in self.done.values()}),
+                **{key: sum(entry["result"][key] for entry in self.done.values()) for key in ("seconds", "processor_seconds")}}
 
 
 def condensed(values: list[float]) -> list[float]:

@@ -65,9 +65,10 @@ def conditions(results: dict[str, Any]) -> str:
     model = run["model"] or "SmolLM2-135M-Instruct"
     steps = max(row.get("steps", 0) for row in rows)
     evaluated = "all" if run["eval_items"] is None else f"{run['eval_items'] * len(run['data'])}"
-    return (f"{model}, {steps} steps of {run['batch'] * run['accumulation']} training questions of "
+    return (f"{model} in {run['dtype']}, {steps} steps of {run['batch'] * run['accumulation']} training questions of "
             f"{len(run['data'])} tasks, at most {run['max_length']} tokens; {evaluated} held-out questions, the same for all "
-            f"runs. {results['runs']} runs, {results['processor_seconds'] / 3600:.1f} hours of processor time")
+            f"runs. {results['runs']} runs, some of them shared with other experiments here, "
+            f"{results['processor_seconds'] / 3600:.1f} hours of processor time on {', '.join(results['devices'])}")
 
 
 def draw_points(axes: Any, rows: Rows, cases: list[str], value: Callable[[dict[str, Any]], float | None], color: str,

@@ -3,7 +3,8 @@
     python benchmarks/paper/step_memory.py
     python benchmarks/paper/step_memory.py --full    # of Llama-3.2-1B's geometry, for a GPU
 
-A model of SmolLM2-135M's geometry with random weights in bfloat16; adapters in float32.
+A model of SmolLM2-135M's geometry with random weights, in bfloat16 where the processor has it; adapters in float32. It needs
+several GiB and minutes; other processes may run beside it, for nothing is timed.
 """
 import argparse
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import common  # first: it puts the folder of bench_train on the path
 import torch
 from bench_train import SIZES, Case, run_case, steps_of
+from finetune_commonsense import has_bf16
 from matplotlib.figure import Figure
 from model_methods import METHODS
 from tqdm.auto import tqdm
@@ -30,7 +32,8 @@ def model_case(options: argparse.Namespace, batch: int, length: int, checkpointi
     """A case of bench_train; --quick has two blocks and short sequences."""
     size = "1b" if options.full else "135m"
     layers = 2 if options.quick else SIZES[size]["num_hidden_layers"]
-    return Case(size, layers, batch, length // 16 if options.quick else length, RANK, "bf16", "fp32", checkpointing)
+    return Case(size, layers, batch, length // 16 if options.quick else length, RANK, "bf16" if has_bf16() else "fp32", "fp32",
+                checkpointing)
 
 
 def setting(row: dict[str, Any]) -> str:

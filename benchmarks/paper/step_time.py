@@ -3,7 +3,8 @@
     python benchmarks/paper/step_time.py
     python benchmarks/paper/step_time.py --full    # of Llama-3.2-1B's geometry, for a GPU
 
-A model of SmolLM2-135M's geometry with random weights in bfloat16; adapters in float32.
+A model of SmolLM2-135M's geometry with random weights, in bfloat16 where the processor has it; adapters in float32. It wants
+idle cores, for minutes; finished repetitions are kept, so that it goes on where it was interrupted.
 """
 import argparse
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import common  # first: it puts the folder of bench_train on the path
 import torch
 from bench_train import run_case, steps_of
-from common import mean_and_error, significant
+from common import QUICK, mean_and_error, significant
 from matplotlib.figure import Figure
 from model_methods import METHODS
 from step_memory import COLOURS, WITHIN, model_case, parser, setting
@@ -22,18 +23,27 @@ from tqdm.auto import tqdm
 
 COMPARED = ("lora", "dora", "hira", "abba_eager", "abba")
 ABBA = ("abba", "abba_eager")
-BATCH, LENGTH = 6, 256  # the paper's
-ROUNDS = 4  # timed steps of each method in a repetition
+LENGTH = 256  # the paper's
+BATCH = {"small": 2, "full": 6}  # the paper's is 6
+ROUNDS = 3  # timed steps of each method in a repetition
 PAPER = {"Llama-3.2-1B": 1.025, "3B": 1.016, "Mistral-7B": 1.032, "Gemma-2 9B": 1.040}  # ABBA's time over LoRA's
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    case, rounds = (model_case(options, 1, LENGTH), 2) if options.quick else (model_case(options, BATCH, LENGTH), ROUNDS)
-    rows = []
-    with tqdm(total=options.seeds * len(COMPARED) * steps_of(rounds), desc="time", unit="step") as bar:
-        for repetition in range(options.seeds):
+    batch, rounds = (1, 2) if options.quick else (BATCH["full" if options.full else "small"], ROUNDS)
+    case = model_case(options, batch, LENGTH)
+    part = QUICK / "time.part.json"
+    asked = {"case": case._asdict(), "methods": list(COMPARED), "rounds": rounds, "commit": common.harness.commit()}
+    kept = common.read_json(part) if part.exists() else {}
+    rows = kept["rows"][:options.seeds * len(COMPARED)] if kept.get("asked") == asked else []
+    steps = len(COMPARED) * steps_of(rounds)
+    first = len(rows) // len(COMPARED)
+    with tqdm(total=options.seeds * steps, initial=first * steps, desc="time", unit="step") as bar:
+        for repetition in range(first, options.seeds):
             rows += [{"repetition": repetition, **row}
                      for row in run_case(case, COMPARED, rounds, torch.device(options.device), bar.update)]
+            common.write_json(part, {"asked": asked, "rows": rows})
+    part.unlink(missing_ok=True)
     return {"rounds": rounds, "rows": rows}
 
 
