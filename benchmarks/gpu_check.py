@@ -179,7 +179,7 @@ def groups_of_steps(options: argparse.Namespace, has_gpu: bool) -> list[list[Ste
     python, rehearse = sys.executable, not has_gpu and options.rehearse
     device = ["--device", "cuda" if has_gpu else "cpu"]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10"]
-    gpu_tests = ["tests/test_conformance.py", "tests/test_gpu.py"]
+    gpu_tests = ["tests/test_conformance.py", "tests/test_conformance_sm90.py", "tests/test_gpu.py"]
     workers = min(8, (os.cpu_count() or 2) // 2)
     # test_build.py is about front ends that install, the same on every machine.
     machine_code = "tests/test_cuda_build.py"  # its fixture compiles for minutes: not once for each worker
@@ -192,10 +192,10 @@ def groups_of_steps(options: argparse.Namespace, has_gpu: bool) -> list[list[Ste
     if rehearse:
         train += ["--layers", "1", "--batch", "1", "--length", "8", "--rank", "8", "--dtypes", "bf16", "--rounds", "1"]
 
-    def benchmark(name: str, script: str, arguments: list[str], limit: float) -> Step:
+    def benchmark(name: str, script: str, arguments: list[str], limit: float, out: Path = options.out, **environment: str) -> Step:
         if not has_gpu and not rehearse:
             return Step(name, [], 0, reason="needs a GPU")
-        return Step(name, [python, f"benchmarks/{script}", *device, "--quick", *arguments, "--out", str(options.out)], limit)
+        return Step(name, [python, f"benchmarks/{script}", *device, "--quick", *arguments, "--out", str(out)], limit, environment)
 
     driver = Step("every_kernel", [python, "tests/every_kernel.py", *device], 100)
     if not has_gpu and not rehearse:
@@ -209,6 +209,7 @@ def groups_of_steps(options: argparse.Namespace, has_gpu: bool) -> list[list[Ste
          Step("machine_code", [*pytest, machine_code], 220 if has_gpu else 600),
          *sanitizer_steps(has_gpu)],
         [benchmark("bench_ops", "bench_ops.py", small, 90)],
+        [benchmark("bench_ops_sm90", "bench_ops.py", small, 90, options.out / "sm90", ABBA_SM90="1")],
         [benchmark("bench_layer", "bench_layer.py", layer, 90)],
         [benchmark("bench_train", "bench_train.py", train, 60)],
     ]

@@ -5,13 +5,15 @@
 Without the caching allocator every tensor ends where its memory ends. Nothing else is computed on the GPU.
 """
 import argparse
+import itertools
+import os
 import sys
 
 import torch
 
 from abba_ext import ops, reference
 
-RANKS = ((3, 5), (2, 16), (16, 16), (5, 32), (3, 64))  # each padded r2; R up to 64 and beyond
+RANKS = ((3, 5), (4, 8), (2, 16), (16, 16), (5, 32), (3, 64))  # each padded r2; R up to 64 and beyond
 TOKENS = (10, 20, 40, 130, 1100)  # each form of project and expand_ for few tokens; a tile and more; splits of factor_grad
 SCALE = 0.5
 
@@ -57,13 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
     # From 48 tokens for each multiprocessor on, project makes 256 columns in a block.
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     launched = 0
-    for dtype in (torch.bfloat16, torch.float16):
-        for layout in ("rD", "Dr"):
-            for r1, r2 in RANKS:
-                for tokens in (*TOKENS, 48 * sms + 5):
-                    factor_dtype, row_gap = ((torch.float32, 0), (dtype, 3), (torch.float32, 8))[launched % 3]
-                    run(tokens, 136 if tokens < 1000 else 72, r1, r2, dtype, layout, factor_dtype, row_gap, device)
-                    launched += 1
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    for family, dtype, layout in itertools.product("01" if hopper else "0", (torch.bfloat16, torch.float16), ("rD", "Dr")):
+        os.environ["ABBA_SM90"] = family  # 1: with the kernels for Hopper
+        for r1, r2 in RANKS:
+            for tokens in (*TOKENS, 48 * sms + 5):
+                factor_dtype, row_gap = ((torch.float32, 0), (dtype, 3), (torch.float32, 8))[launched % 3]
+                run(tokens, 136 if tokens < 1000 else 72, r1, r2, dtype, layout, factor_dtype, row_gap, device)
+                launched += 1
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"{launched} shapes through the three operators on {device}")

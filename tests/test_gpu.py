@@ -22,6 +22,15 @@ SIZES = [(1, 1), (5, 63), (16, 64), (17, 72), (33, 65), (64, 257), (65, 256), (1
 SCALE = 0.37
 
 
+# On a Hopper GPU everything runs twice, the second time with the kernels of its own where they cover a call.
+FAMILIES = ["sm80", "sm90"] if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) else ["sm80"]
+
+
+@pytest.fixture(autouse=True, params=FAMILIES)
+def family(request, monkeypatch):
+    monkeypatch.setenv("ABBA_SM90", "1" if request.param == "sm90" else "0")
+
+
 @pytest.fixture(autouse=True)
 def full_precision():
     """Eager torch, which results are compared with, at its best."""
@@ -163,6 +172,17 @@ def test_no_tokens_and_no_features(dtype):
     assert [grad.any().item() for grad in ops.factor_grad(x, v, f1, f2, 1.0)] == [False, False]
     x, f1, f2, v = case(5, 0, 2, 3, dtype)
     assert not ops.project(x, f1, f2).any()
+
+
+@pytest.mark.skipif(len(FAMILIES) == 1, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("r2, tokens, features, taken", [(16, 70, 96, True), (12, 70, 96, False), (16, 64, 96, False), (16, 70, 92, False)])
+def test_the_kernels_for_hopper_run_where_they_are_wanted_and_cover_a_call(r2, tokens, features, taken, request):
+    x, f1, f2, v = case(tokens, features, 4, r2, torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.project(x, f1, f2), ops.expand_(x.clone(), v, f1, f2, 1.0), ops.factor_grad(x, v, f1, f2, 1.0)
+        torch.cuda.synchronize()
+    launched = [event.key for event in profile.key_averages() if "_sm90_kernel" in event.key]
+    assert len(launched) == (3 if taken and "sm90" in request.node.callspec.id else 0)
 
 
 def test_what_the_kernels_cover_does_not_run_the_composite():

@@ -96,7 +96,7 @@ def test_what_runs_where(monkeypatch, tmp_path, has_gpu, rehearse):
     steps = {step.name: step for group in gpu_check.groups_of_steps(options, has_gpu) for step in group}
     runs = {name for name, step in steps.items() if step.command}
     everywhere = {"build", "info", "gpu_tests", "suite", "machine_code"}
-    with_a_device = {"every_kernel", "bench_ops", "bench_layer", "bench_train"}
+    with_a_device = {"every_kernel", "bench_ops", "bench_ops_sm90", "bench_layer", "bench_train"}
     checkers = {"memcheck", "racecheck", "synccheck", "initcheck"}
     assert runs == everywhere | (with_a_device if has_gpu or rehearse else set()) | (checkers if has_gpu else set())
     for name in with_a_device & runs:

@@ -14,10 +14,12 @@ inline int make_tensor_map(TensorMap& map, const Rows& rows, int64_t num_rows, i
   static const auto encode = [] {  // the driver's, without linking to it
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
-    constexpr unsigned int kSince = 12000;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kSince, cudaEnableDefault, &result) != cudaSuccess ||
-        result != cudaDriverEntryPointSuccess)
-      found = nullptr;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   }();
   if (!encode) return cudaErrorNotSupported;
