@@ -94,7 +94,8 @@ def test_rows_beyond_2_to_the_31_elements():
 
 # --- bugs that must be found: (file, what is there, what the bug makes of it, the op, what the message must say) ---
 
-_PROJECT, _EXPAND, _GRAD, _TILE = (f"csrc/cuda/{name}" for name in ("project.cu", "expand.cu", "factor_grad.cu", "tile.cuh"))
+_PROJECT, _EXPAND, _GRAD, _SHARES, _TILE = (f"csrc/cuda/{name}" for name in (
+    "project.cu", "expand.cu", "factor_grad.cu", "factor_grad.cuh", "tile.cuh"))
 MUTATIONS = {
     "no barrier before a stage is read": (
         _PROJECT, "    cp_async_wait<C::kStages - 2>();\n    __syncthreads();\n", "    cp_async_wait<C::kStages - 2>();\n", "project", "race"),
@@ -116,12 +117,12 @@ MUTATIONS = {
     "the pipeline's memory reused without a barrier": (
         _GRAD, "  __syncthreads();  // the pipeline's memory is free\n", "", "factor_grad", "race"),
     "arrival without a fence": (
-        _GRAD, "      __threadfence();  // this block's sums, before its arrival\n", "", "factor_grad", "race"),
+        _SHARES, "      __threadfence();  // this block's sums, before its arrival\n", "", "factor_grad", "race"),
     "arrival before all threads have written": (
-        _GRAD, "  __syncthreads();\n  if (threadIdx.x == 0) {\n    unsigned before", "  if (threadIdx.x == 0) {\n    unsigned before",
+        _SHARES, "  sync();\n  if (thread == 0) {\n    unsigned before", "  if (thread == 0) {\n    unsigned before",
         "factor_grad", "race"),
     "last block waits for one arrival too few": (
-        _GRAD, "before + 1 == slots", "before + 2 == slots", "factor_grad", "race|uninit"),
+        _SHARES, "before + 1 == slots", "before + 2 == slots", "factor_grad", "race|uninit"),
     "a divergent collective": (
         _GRAD, "        over_b.x += __shfl_xor_sync(", "        if (lane != 5) over_b.x += __shfl_xor_sync(", "factor_grad",
         "diverge|deadlock"),
