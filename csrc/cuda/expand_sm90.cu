@@ -162,6 +162,7 @@ ABBA_DEVICE void consume(const ExpandParams& p, const TensorMap& y_map, unsigned
     release_sent();
     for (int chunk = 1; chunk < num_chunks; ++chunk) multiply(chunk, std::false_type{});
     wgmma_wait<0>();
+    settle(acc);
 
     #pragma unroll
     for (int j = 0; j < C::kBlockTokens / 8; j += 2) {

@@ -131,6 +131,8 @@ ABBA_DEVICE void consume(const FactorGradParams& p, const GradWorkspace& workspa
   multiply(std::true_type{});
   for (int step = 1; step < steps.count; ++step) multiply(std::false_type{});
   wgmma_wait<0>();
+  #pragma unroll
+  for (int m = 0; m < C::kTilesM; ++m) settle(acc[m]);
   sync();  // the pipeline's memory is free
 
   float* s_p = reinterpret_cast<float*>(smem);  // [kBlockRows][kPitch]

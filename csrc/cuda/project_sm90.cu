@@ -120,6 +120,8 @@ ABBA_DEVICE void consume(const ProjectParams& p, const TensorMap& u_map, unsigne
   multiply(std::true_type{});
   for (int step = 1; step < num_steps; ++step) multiply(std::false_type{});
   wgmma_wait<0>();
+  #pragma unroll
+  for (int m = 0; m < C::kTilesM; ++m) settle(acc[m]);
 
   const float undo = scales_of<T>(p.workspace).undo;
   #pragma unroll

@@ -142,15 +142,6 @@ ABBA_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t tile_bytes = 1
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(tile_bytes >> 4) << 16 | (kGroupBytes >> 4) << 32 | kSwizzle128 << 62;
 }
 
-// Keeps the compiler from computing a register later than here.
-ABBA_DEVICE void pin(uint32_t& r) {
-#if !defined(ABBA_EMULATE)
-  asm volatile("" : "+r"(r) :: "memory");
-#else
-  (void)r;
-#endif
-}
-
 // Before a wgmma that reads registers which other instructions wrote.
 ABBA_DEVICE void wgmma_fence(ABBA_SITE_ONLY) {
 #if defined(ABBA_EMULATE)
@@ -169,12 +160,23 @@ ABBA_DEVICE void wgmma_commit(ABBA_SITE_ONLY) {
 }
 
 // Waits until at most the N latest groups are in flight: their registers and tiles are still in use.
+// After the last wait, settle the accumulators: to the compiler they were ready when wgmma was issued.
 template <int N>
 ABBA_DEVICE void wgmma_wait(ABBA_SITE_ONLY) {
 #if defined(ABBA_EMULATE)
   emulation::wgmma_wait(N, site);
 #else
   asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
+#endif
+}
+
+template <int kCount>
+ABBA_DEVICE void settle(float (&d)[kCount]) {
+#if defined(ABBA_EMULATE)
+  (void)d;
+#else
+  #pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i]) :: "memory");
 #endif
 }
 
