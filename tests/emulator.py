@@ -143,17 +143,16 @@ def build_module(root: Path, sources: list[Path], mode: str):
 
         while not (target := key()).exists():
             # All names are relative to root, so that a copy of the tree finds its objects.
-            _run([*unit_flags, *includes, "-x", "c++", "-c", source, "-o"], target, root)
+            _make(target, [*unit_flags, *includes, "-x", "c++", "-c", source, "-o"], root)
             if key() != target:  # edited meanwhile
                 target.unlink()
         return target
 
-    with _locked(folder), ThreadPoolExecutor(2) as pool:
-        compiler = _compiler()
+    compiler = _compiler()
+    with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_unit, [*runtime, *sources]))
-        target = folder / f"{_hash(*(path.name for path in objects))}.so"
-        if not target.exists():  # the runtime comes first: checks.cpp says why
-            _run(["-shared", "-pthread", *objects, "-o"], target, root)
+    target = folder / f"{_hash(*(path.name for path in objects))}.so"
+    _make(target, ["-shared", "-pthread", *objects, "-o"], root)  # the runtime comes first: checks.cpp says why
     return _load(target)
 
 
@@ -312,11 +311,12 @@ def _build_folder() -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _locked(folder):
-    with open(folder / "lock", "w") as lock:  # of the workers of a parallel run, one compiles
+def _make(target, command, root):
+    """Runs the command unless its target is there. Of the workers of a parallel run one does, and the others wait for that target."""
+    with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        if not target.exists():
+            _run(command, target, root)
 
 
 def _hash(*parts) -> str:
