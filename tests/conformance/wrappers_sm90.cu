@@ -96,10 +96,7 @@ __global__ void wgmma_registers(const Params p, const ABBA_GRID_CONSTANT TensorM
   fill(smem, p.b, N * 128);
   uint32_t a[4][4];
   for (int step = 0; step < 4; ++step)
-    for (int j = 0; j < 4; ++j) {
-      a[step][j] = read<uint32_t>(p.a, (step * 128 + i) * 4 + j);
-      pin(a[step][j]);
-    }
+    for (int j = 0; j < 4; ++j) a[step][j] = read<uint32_t>(p.a, (step * 128 + i) * 4 + j);
   float d[N / 2];
   const uint32_t s_b = smem_address(smem);
   wgmma_fence();
@@ -111,6 +108,7 @@ __global__ void wgmma_registers(const Params p, const ABBA_GRID_CONSTANT TensorM
   wgmma<T, N, true>(d, a[3], matrix_descriptor(s_b + 96));
   wgmma_commit();
   wgmma_wait<0>();
+  settle(d);
   for (int j = 0; j < N / 2; ++j) write(p.out, i * N / 2 + j, d[j]);)
 }
 
@@ -129,6 +127,7 @@ __global__ void wgmma_tiles(const Params p, const ABBA_GRID_CONSTANT TensorMap) 
     wgmma<T, N, true>(d, matrix_descriptor(s_a + 2048 * step, kTileBytes), matrix_descriptor(s_b + 2048 * step, kTileBytes));
   wgmma_commit();
   wgmma_wait<0>();
+  settle(d);
   for (int j = 0; j < N / 2; ++j) write(p.out, i * N / 2 + j, d[j]);)
 }
 
