@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kBlockElements = 1 << 20;  // of W0 at once
 constexpr int64_t kTileRows = 4;             // accumulators of a tile: 4 rows x 2 vectors x 2 products
-constexpr int64_t kSumRows = 256;            // of the sums over rows: sums of such sums err less than one long sum
 constexpr int64_t kGrainRows = 16;           // rows of W0 that one thread takes at least
 
 // A block of W0's rows, beginning at row. The factors' pointers are to the layer's first row, the others to the block's.
@@ -171,19 +170,6 @@ void forward(Tensor& y, const Tensor& x, const std::optional<Tensor>& bias, cons
   });
 }
 
-// da [r, n] += s bᵀ dw, or = for the first rows; b [rows, r], dw [rows, n]
-template <typename T>
-void add_product(Tensor& da, const Tensor& b, const Tensor& dw, double s, bool first) {
-  Tensor part = torch::stable::new_empty(da, {da.size(0), da.size(1)});
-  T *sum = static_cast<T*>(da.data_ptr()), *terms = static_cast<T*>(part.data_ptr());
-  for (int64_t at = 0; at < dw.size(0); at += kSumRows, first = false) {
-    const int64_t rows = std::min(kSumRows, dw.size(0) - at);
-    gemm_(first ? da : part, transposed(slice(b, 0, at, rows)), slice(dw, 0, at, rows), 0.0, s);
-    if (first) continue;
-    for (int64_t i = 0; i < da.numel(); ++i) sum[i] += terms[i];
-  }
-}
-
 template <typename T>
 void backward(Tensor& dx, Tensor& da1, Tensor& db1, Tensor& da2, Tensor& db2, const Tensor& x, const Tensor& dy,
               const Tensor& a1, const Tensor& b1, const Tensor& a2, const Tensor& b2, const Layer<T>& layer, double s,
@@ -204,8 +190,8 @@ void backward(Tensor& dx, Tensor& da1, Tensor& db1, Tensor& da2, Tensor& db2, co
       Tensor db1_rows = slice(db1, 0, row, count), db2_rows = slice(db2, 0, row, count);
       gemm_(db1_rows, *dw, transposed(a1), 0.0, s);
       gemm_(db2_rows, *dw2, transposed(a2), 0.0, s);
-      add_product<T>(da1, slice(b1, 0, row, count), *dw, s, row == 0);
-      add_product<T>(da2, slice(b2, 0, row, count), *dw2, s, row == 0);
+      gemm_(da1, transposed(slice(b1, 0, row, count)), *dw, beta, s);
+      gemm_(da2, transposed(slice(b2, 0, row, count)), *dw2, beta, s);
     }
   });
 }
