@@ -4,11 +4,10 @@
 #include "khatri_rao.h"
 #include "kernels.h"
 
-// Each loop is compiled for several instruction sets; the loader picks by the processor.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ABBA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ABBA_CLONES
+// The row loops are compiled for several instruction sets, and rows_loop picks by the processor. Each has vectors of its own
+// registers' width: g++ takes wider ones apart through memory, which makes the loops ten times slower.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ABBA_TARGET(instructions) __attribute__((target(instructions)))
 #endif
 #define ABBA_INLINE inline __attribute__((always_inline))
 
@@ -69,10 +68,10 @@ ABBA_INLINE void tile(const Rows<T>& p, int64_t i, int64_t k) {
     }
 }
 
-template <typename T, bool kWeight, bool kGradient>
+template <typename T, int kVectorBytes, bool kWeight, bool kGradient>
 ABBA_INLINE void rows_of_tiles(const Rows<T>& p, int64_t begin, int64_t end) {
-  using Vector __attribute__((vector_size(64))) = T;
-  constexpr int64_t width = 64 / sizeof(T);
+  using Vector __attribute__((vector_size(kVectorBytes))) = T;
+  constexpr int64_t width = kVectorBytes / sizeof(T);
   const int64_t wide = p.n / (2 * width) * (2 * width);
   int64_t i = begin;
   for (; i + kTileRows <= end; i += kTileRows) {
@@ -83,13 +82,31 @@ ABBA_INLINE void rows_of_tiles(const Rows<T>& p, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < p.n; ++k) tile<T, kWeight, kGradient, 1, T, 1>(p, i, k);
 }
 
-#define ABBA_ROW_LOOPS(T)                                                                                                \
-  ABBA_CLONES void weight_rows(const Rows<T>& p, int64_t lo, int64_t hi) { rows_of_tiles<T, true, false>(p, lo, hi); }   \
-  ABBA_CLONES void gradient_rows(const Rows<T>& p, int64_t lo, int64_t hi) { rows_of_tiles<T, false, true>(p, lo, hi); } \
-  ABBA_CLONES void both_rows(const Rows<T>& p, int64_t lo, int64_t hi) { rows_of_tiles<T, true, true>(p, lo, hi); }
-ABBA_ROW_LOOPS(float)
-ABBA_ROW_LOOPS(double)
-#undef ABBA_ROW_LOOPS
+template <typename T, bool kWeight, bool kGradient>
+void rows_128(const Rows<T>& p, int64_t begin, int64_t end) {
+  rows_of_tiles<T, 16, kWeight, kGradient>(p, begin, end);
+}
+
+#ifdef ABBA_TARGET
+template <typename T, bool kWeight, bool kGradient>
+ABBA_TARGET("avx2,fma") void rows_256(const Rows<T>& p, int64_t begin, int64_t end) {
+  rows_of_tiles<T, 32, kWeight, kGradient>(p, begin, end);
+}
+
+template <typename T, bool kWeight, bool kGradient>
+ABBA_TARGET("avx512f,fma") void rows_512(const Rows<T>& p, int64_t begin, int64_t end) {
+  rows_of_tiles<T, 64, kWeight, kGradient>(p, begin, end);
+}
+#endif
+
+template <typename T, bool kWeight, bool kGradient>
+auto rows_loop() {
+#ifdef ABBA_TARGET
+  if (__builtin_cpu_supports("avx512f")) return rows_512<T, kWeight, kGradient>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return rows_256<T, kWeight, kGradient>;
+#endif
+  return rows_128<T, kWeight, kGradient>;
+}
 
 // A [rows, n] block that outlives the call: fresh pages for it would cost more than what is computed in it.
 template <typename T>
@@ -130,9 +147,9 @@ struct Layer {
     }
     if (dw) p.dw = ptr(*dw), p.dw2 = ptr(*dw2);
     const auto loop = [&]() -> void (*)(const Rows<T>&, int64_t, int64_t) {
-      if (effective && dw) return both_rows;
-      if (effective) return weight_rows;
-      return gradient_rows;
+      if (effective && dw) return rows_loop<T, true, true>();
+      if (effective) return rows_loop<T, true, false>();
+      return rows_loop<T, false, true>();
     }();
     torch::stable::parallel_for(0, count, kGrainRows, [&](int64_t lo, int64_t hi) { loop(p, lo, hi); });
   }
