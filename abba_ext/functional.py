@@ -95,8 +95,8 @@ def _costs(num_tokens, in_features, out_features, r1, r2) -> tuple[int, int]:
 
 
 _DENSE_DTYPES = (torch.float32, torch.float64)
-# The dense plan's low-rank products run at half the rate of the large ones; measured on 2 cores with AVX-512 at 768x768,
-# 768x3072 and 2048x2048, r1 = r2 = 16 (benchmarks/results).
+# The dense plan's low-rank products run at about half the rate of the large ones; measured on 2 cores with AVX-512, and on one
+# with AVX2 (benchmarks/NOTES.md), at 768x768, 768x3072 and 2048x2048, r1 = r2 = 16.
 _SKINNY_COST = 2
 
 

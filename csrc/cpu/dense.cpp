@@ -144,11 +144,6 @@ ABBA_INLINE void form_and_contract_with(const Share<T>& p) {
         }
     for (int64_t row = 0; row < p.rows; row += kRows) {
       const int64_t rows = std::min(kRows, p.rows - row);
-      for (int64_t j = row; j < row + rows; ++j)  // arrives while the products form
-        for (int64_t c = k; c < k + count; c += kLine / sizeof(T)) {
-          if (p.weight) __builtin_prefetch(p.base + j * p.base_ld + c), __builtin_prefetch(p.weight + j * p.n + c, 1);
-          if (p.dw) __builtin_prefetch(p.dw + j * p.n + c);
-        }
       for (int i = 0; i < 2; ++i) {
         const Pair<T>& pair = p.pair[i];
         multiply<T, V, false>(stages[i].product.get(), kPanel, rows, kPanel, {pair.b + row * pair.r, pair.r, 1},
