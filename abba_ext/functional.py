@@ -38,7 +38,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         dense        2·T·m·n for dW, and 8·(r1+r2)·m·n to form ΔW twice and to contract dW onto the factors
 
     The dense plan pays where R is large against m·n/(m+n) and T against the ranks. It runs in fp32 and fp64 on the CPU: in
-    half precision a ΔW below 2⁻⁹·|W0| would be rounded away. It keeps up to 3 Mi elements of scratch per calling thread.
+    half precision a ΔW below 2⁻⁹·|W0| would be rounded away. It keeps up to 2 Mi elements of scratch per calling thread.
 
     The CUDA kernels take bfloat16 and float16 activations and factors in that dtype or float32 (rounded to the activations'
     dtype while they are loaded), r2 up to 64 and any r1, on GPUs from compute capability 8.0. Whatever else comes on a GPU
@@ -99,8 +99,8 @@ def _costs(num_tokens, in_features, out_features, r1, r2) -> tuple[int, int]:
 
 
 _DENSE_DTYPES = (torch.float32, torch.float64)
-# The dense plan's low-rank products run at half the rate of the large ones; measured on 2 cores with AVX-512 at 768x768,
-# 768x3072 and 2048x2048, r1 = r2 = 16 (benchmarks/results).
+# The dense plan's low-rank products run at about half the rate of the large ones; measured on 2 cores with AVX-512, and on one
+# with AVX2 (benchmarks/NOTES.md), at 768x768, 768x3072 and 2048x2048, r1 = r2 = 16.
 _SKINNY_COST = 2
 
 
