@@ -133,12 +133,9 @@ def build_module(root: Path, sources: list[Path], mode: str):
 
     def compile_unit(source):
         unit_flags = _FLAGS + (runtime_flags if source in runtime else flags[source.suffix])
-        headers = [*root.glob("csrc/emulation/*.h"), *root.glob("csrc/*.h"), *(root / source.parent).glob("*.h")]
-        if source.suffix == ".cu":
-            headers += [*root.glob("csrc/cuda/*.cuh"), *(root / source.parent).glob("*.cuh")]
 
         def key():
-            contents = [path.read_bytes() for path in [root / source, *sorted(headers)]]
+            contents = [path.read_bytes() for path in _with_headers(root / source, root / "csrc")]
             return folder / f"{_hash(compiler, *includes, *unit_flags, source, *contents)}.o"
 
         while not (target := key()).exists():
@@ -309,6 +306,18 @@ def _build_folder() -> Path:
         folder = Path(tempfile.gettempdir(), f"abba_emulation_{os.getuid()}")
         folder.mkdir(exist_ok=True)
     return folder
+
+
+def _with_headers(source: Path, include: Path) -> list[Path]:
+    """A source and the project's headers that it includes, directly or not."""
+    found, queue = [], [source.resolve()]
+    for path in queue:
+        if path not in found:
+            found.append(path)
+            names = re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.M)
+            queue += [next(full for folder in (path.parent, include) if (full := (folder / name).resolve()).is_file())
+                      for name in names]
+    return found
 
 
 def _make(target, command, root):

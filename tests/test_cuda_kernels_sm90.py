@@ -194,5 +194,4 @@ def test_the_detector_finds(path, old, new, op, message, tmp_path):
             found.append(str(error))
         if any(not message or word in text.lower() for text in found for word in (message or "").split("|")):
             return
-    assert not found, f"found, but not as {message!r}: {found}"
-    raise AssertionError("found in no schedule")
+    pytest.fail(f"found, but not as {message!r}: {found}" if found else "found in no schedule")

@@ -37,7 +37,8 @@ def launch(folder, processes, scenarios, **variables):
 def torchrun(folder, processes, scenarios, variables):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(WORKER),
                str(folder), *scenarios]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1",
+                   "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         output, _ = process.communicate(timeout=400)
@@ -45,7 +46,7 @@ def torchrun(folder, processes, scenarios, variables):
         process.terminate()  # not kill: it ends its workers
         process.wait(60)
         raise
-    assert process.returncode == 0, output[-6000:]
+    assert process.returncode == 0, output[-40_000:]  # what one rank died of stands before all that the others say of it
 
 
 def read(folder, scenario):

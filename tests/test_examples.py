@@ -74,12 +74,12 @@ def test_qabba(monkeypatch, smollm2, tmp_path):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("datasets")
     losses = run(monkeypatch, "qabba", "--model", smollm2, "--data", TEXTS, "--output", tmp_path, "--steps", 8, "--batch", 2,
-                 "--max-length", 48)
+                 "--max-length", 48, "--dtype", "float32")
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=four_bit, dtype=torch.bfloat16)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=four_bit, dtype=torch.float32)
     before = logits(model, IDS)
     assert not torch.equal(logits(abba_ext.load_adapter(model, tmp_path), IDS), before)
     assert len(abba_ext.abba_layers(model)) == 30 * 7
