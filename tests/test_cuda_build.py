@@ -3,6 +3,7 @@
 Skipped where there is no nvcc, and nowhere else: with nvcc, a missing nvdisasm is a failure.
 """
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,34 +85,39 @@ def find_nvdisasm():
 
 
 def compile_unit(nvcc, nvdisasm, unit, architecture, folder):
-    """The kernels of one unit, compiled with the flags of the build."""
-    cubin = folder / f"{unit.stem}.{architecture}.cubin"
-    command = [nvcc, "-cubin", f"-arch={architecture}", "-Xptxas=-v", *cpp_extension.COMMON_NVCC_FLAGS,
-               *cuda_toolkit.FLAGS, "-O3", "-o", str(cubin), str(unit)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    listing = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-----|\Z)", listing, re.M | re.S))
+    """The kernels of one unit, compiled with the flags of the build, unless that was done in this folder before."""
+    cubin, remarked, listing = (folder / f"{unit.stem}.{architecture}.{kind}" for kind in ("cubin", "txt", "sass"))
+    if not listing.exists():
+        command = [nvcc, "-cubin", f"-arch={architecture}", "-Xptxas=-v", *cpp_extension.COMMON_NVCC_FLAGS,
+                   *cuda_toolkit.FLAGS, "-O3", "-o", str(cubin), str(unit)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        remarked.write_text(done.stderr)
+        listing.write_text(subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout)
+    printed = remarked.read_text()
+    code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-----|\Z)", listing.read_text(), re.M | re.S))
     kernels = []
-    for report in REPORT.finditer(done.stderr):
+    for report in REPORT.finditer(printed):
         if name := re.search(r"\d((?:[a-z]+_)+(?:sm\d+_)?kernel)\w*", report["symbol"]):
             numbers = [int(report[key]) for key in ("registers", "stack", "stores", "loads")]
-            remarks = "\n".join(line for line in done.stderr.splitlines() if report["symbol"] in line and "Loss" in line)
+            remarks = "\n".join(line for line in printed.splitlines() if report["symbol"] in line and "Loss" in line)
             kernels.append(Kernel(name[1], name[0][1:], *numbers, code[report["symbol"]], remarks))
     return kernels
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    """(unit, architecture) -> its kernels, compiled two at a time."""
+    """(unit, architecture) -> its kernels, compiled two at a time; once for all workers of pytest-xdist."""
     try:
         nvcc = cuda_toolkit.find_nvcc()
     except cuda_toolkit.Unusable as reason:
         pytest.skip(f"no CUDA kernels are compiled: {reason}")
     nvdisasm = find_nvdisasm()
     assert nvdisasm, "nvcc is here but nvdisasm is not: `pip install nvidia-cuda-nvdisasm`"
-    folder = tmp_path_factory.mktemp("cubins")
-    with ThreadPoolExecutor(2) as pool:
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cubins"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"), ThreadPoolExecutor(2) as pool:
         return dict(zip(BUILDS, pool.map(lambda pair: compile_unit(nvcc, nvdisasm, *pair, folder), BUILDS), strict=True))
 
 
