@@ -331,7 +331,15 @@ def test_memory_stays_below_the_largest_weight(tmp_path):
     assert merging.BLOCK_BYTES < growth < 48 * 2**20 < max(sizes.values()), growth
 
 
-def test_interrupted_command(tiny, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def sigint():
+    """Raises KeyboardInterrupt here too where the tests run in a shell's background, which ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted_command(tiny, tmp_path, monkeypatch, capsys, sigint):
     base, adapter, model = tiny
     write, calls = merging._write_shard, []
 
