@@ -1,4 +1,5 @@
 """The stateless ABBA linear layer: one autograd node built from the three operators of :mod:`abba_ext.ops`."""
+import contextlib
 import math
 from typing import Literal, NamedTuple
 
@@ -221,31 +222,34 @@ class _AbbaLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, base_output, weight, bias, a1, b1, a2, b2, scale, recompute_u, plan):
-        x2 = _flat(x)
-        if weight is not None:
-            ctx.dense = _choose_plan(x2.size(0), x2.size(1), b1.size(0), a1.size(0), a2.size(0), x.dtype, x.device.type,
-                                     plan) == "dense"
-        else:
-            ctx.dense = False
-        if ctx.dense:
-            factors = _dense_factors(x.dtype, a1, b1, a2, b2)
-            y, u = ops.dense_forward(x2, weight.to(x.dtype), _cast(bias, x.dtype), *factors, scale), None
-        else:
-            u = ops.project(x2, a1, a2)
-            if weight is not None:
-                y = linear(x2, weight.to(x.dtype), _cast(bias, x.dtype))
+        with _below_autograd():
+            x2 = _flat(x)
+            ctx.dense = weight is not None and _choose_plan(x2.size(0), x2.size(1), b1.size(0), a1.size(0), a2.size(0), x.dtype,
+                                                            x.device.type, plan) == "dense"
+            if ctx.dense:
+                factors = _dense_factors(x.dtype, a1, b1, a2, b2)
+                y, u = ops.dense_forward(x2, _to(weight, x.dtype), _to(bias, x.dtype), *factors, scale), None
             else:
-                y = _flat(base_output).clone()
-            ops.expand_(y, u, b1.t(), b2.t(), scale)
-        ctx.scale = scale
-        ctx.bias_dtype = bias.dtype if bias is not None else None
-        # Under autocast the weight is saved as it is and cast again in backward: no half-precision copy per layer is kept.
-        ctx.save_for_backward(x, weight, a1, b1, a2, b2, None if recompute_u else u)
-        return y.view(*x.shape[:-1], b1.size(0))
+                u = ops.project(x2, a1, a2)
+                if weight is not None:
+                    y = linear(x2, _to(weight, x.dtype), _to(bias, x.dtype))
+                else:
+                    y = _flat(base_output).clone()
+                ops.expand_(y, u, b1.t(), b2.t(), scale)
+            ctx.scale = scale
+            ctx.bias_dtype = bias.dtype if bias is not None else None
+            # Under autocast the weight is saved as it is and cast again in backward: no half-precision copy per layer is kept.
+            ctx.save_for_backward(x, weight, a1, b1, a2, b2, None if recompute_u else u)
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], b1.size(0))
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, a1, b1, a2, b2, u = ctx.saved_tensors
+        saved = ctx.saved_tensors  # out here: a checkpoint computes them again now, with autograd
+        with contextlib.nullcontext() if torch.is_grad_enabled() else _below_autograd():
+            return _AbbaLinear._gradients(ctx, dy, *saved)
+
+    @staticmethod
+    def _gradients(ctx, dy, x, weight, a1, b1, a2, b2, u):
         need_x, need_base, need_weight, need_bias, need_a1, need_b1, need_a2, need_b2 = ctx.needs_input_grad[:8]
         need_a, need_b = need_a1 or need_a2, need_b1 or need_b2
         scale = ctx.scale
@@ -253,26 +257,36 @@ class _AbbaLinear(torch.autograd.Function):
         dx = dweight = dbias = da1 = da2 = db1 = db2 = None
         if ctx.dense and not torch.is_grad_enabled():
             factors = _dense_factors(x.dtype, a1, b1, a2, b2)
-            dx, *grads = ops.dense_backward(x2, dy2, weight.to(x.dtype), *factors, scale, need_x, need_a or need_b)
-            da1, db1, da2, db2 = (grad.to(a1.dtype) for grad in grads)
+            dx, *grads = ops.dense_backward(x2, dy2, _to(weight, x.dtype), *factors, scale, need_x, need_a or need_b)
+            da1, db1, da2, db2 = (_to(grad, a1.dtype) for grad in grads)
         else:
-            v = ops.project(dy2, b1.t(), b2.t()) if need_x or need_a else None
+            b1_t, b2_t = b1.t(), b2.t()
+            v = ops.project(dy2, b1_t, b2_t) if need_x or need_a else None
             if need_x:
-                base = dy2 @ weight.to(x.dtype) if weight is not None else dy2.new_zeros(x2.shape)
+                base = dy2 @ _to(weight, x.dtype) if weight is not None else dy2.new_zeros(x2.shape)
                 dx = _add_expanded(base, v, a1, a2, scale)
             if need_a:
                 da1, da2 = ops.factor_grad(x2, v, a1, a2, scale)
             if need_b:
                 if u is None or torch.is_grad_enabled():  # a saved u has no graph to differentiate twice
                     u = ops.project(x2, a1, a2)
-                db1, db2 = (grad.t() for grad in ops.factor_grad(dy2, u, b1.t(), b2.t(), scale))
+                db1, db2 = (grad.t() for grad in ops.factor_grad(dy2, u, b1_t, b2_t, scale))
         if need_weight:
-            dweight = (dy2.t() @ x2).to(weight.dtype)
+            dweight = _to(dy2.t() @ x2, weight.dtype)
         if need_bias:
-            dbias = dy2.sum(0).to(ctx.bias_dtype)
-        return (dx.view(x.shape) if need_x else None, dy if need_base else None, dweight, dbias,
-                da1 if need_a1 else None, db1 if need_b1 else None, da2 if need_a2 else None, db2 if need_b2 else None,
-                None, None, None)
+            dbias = _to(dy2.sum(0), ctx.bias_dtype)
+        if need_x and x.dim() != 2:
+            dx = dx.view(x.shape)
+        return (dx if need_x else None, dy if need_base else None, dweight, dbias, da1 if need_a1 else None,
+                db1 if need_b1 else None, da2 if need_a2 else None, db2 if need_b2 else None, None, None, None)
+
+
+def _below_autograd():
+    """For code that is the inside of one autograd node: operators are not taken through their own derivatives' code, which in
+    Python takes longer than a small kernel."""
+    if torch.compiler.is_compiling():  # the trace goes below it by itself
+        return contextlib.nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def _add_expanded(base, u, f1, f2, scale):
@@ -284,7 +298,7 @@ def _add_expanded(base, u, f1, f2, scale):
 
 
 def _dense_factors(dtype: torch.dtype, *factors: Tensor) -> list[Tensor]:
-    return [factor.to(dtype).contiguous() for factor in factors]
+    return [_to(factor, dtype).contiguous() for factor in factors]
 
 
 def _wide(*factors: Tensor) -> list[Tensor]:
@@ -293,11 +307,11 @@ def _wide(*factors: Tensor) -> list[Tensor]:
 
 def _flat(x: Tensor) -> Tensor:
     """[..., D] as [T, D]; reshape(-1, D) cannot tell T where D = 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.size(-1))
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 # --- argument checks ---
