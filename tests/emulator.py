@@ -315,8 +315,8 @@ def _with_headers(source: Path, include: Path) -> list[Path]:
         if path not in found:
             found.append(path)
             names = re.findall(r'^#include "(.+)"', path.read_text(encoding="utf-8"), re.M)
-            queue += [next(full for folder in (path.parent, include) if (full := (folder / name).resolve()).is_file())
-                      for name in names]
+            queue += [full for name in names for folder in (path.parent, include)
+                      if (full := (folder / name).resolve()).is_file()]
     return found
 
 
