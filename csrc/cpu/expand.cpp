@@ -16,7 +16,7 @@ void expand_(Tensor& y, const Tensor& u, const Tensor& f1, const Tensor& f2, dou
     const int64_t count = std::min(block, features - d);
     Tensor kr = torch::stable::view(slice(scratch, 0, 0, rank * count), {rank, count}), columns = slice(y, 1, d, count);
     form_khatri_rao(kr, f1, f2, 0, rank, d, count);
-    if (widen) {  // fp16
+    if (widen) {
       Tensor wide = torch::stable::to(columns, type);
       gemm_(wide, wide_u, kr, 1.0, s);
       torch::stable::copy_(columns, wide);

@@ -7,7 +7,7 @@ namespace abba::cpu {
 void factor_grad(Tensor& df1, Tensor& df2, const Tensor& x, const Tensor& v, const Tensor& f1, const Tensor& f2, double s) {
   const int64_t features = x.size(1), rank = v.size(1);
   const ScalarType type = compute_type(x.scalar_type());
-  const bool widen = type != x.scalar_type();  // fp16
+  const bool widen = type != x.scalar_type();
   const Tensor v_t = transposed(widen ? torch::stable::to(v, type) : v);
   const int64_t column_bytes = rank * static_cast<int64_t>(v_t.element_size());
   const int64_t block = std::min(features, std::max<int64_t>(kBlockBytes / column_bytes / kChunk, 1) * kChunk);

@@ -13,15 +13,27 @@ namespace abba::cpu {
 
 constexpr int64_t kChunk = 64;               // features staged at once by one thread
 constexpr int64_t kBlockBytes = 2 << 20;     // one Khatri-Rao block: about a core's L2 cache
-constexpr int64_t kHalfTokens = 1024;        // tokens widened to fp32 at once on the fp16 path
+constexpr int64_t kWidenedTokens = 1024;     // tokens of fp16 or bf16 widened to fp32 at once
 
 // Products and sums run in fp32, for fp64 in fp64.
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The dtype in which the matrix products run: fp16 is widened to fp32, whose range a product of two small factors needs.
+// Whether torch has products in bf16 worth their name: those of oneDNN begin with AVX-512, and what it does with AVX2 takes 4 to
+// 60 times as long as in fp32 (benchmarks/NOTES.md).
+inline bool has_bf16_products() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool supported = __builtin_cpu_supports("avx512f");
+  return supported;
+#else
+  return true;
+#endif
+}
+
+// The dtype in which the matrix products run. fp16 is widened to fp32, whose range a product of two small factors needs.
 inline ScalarType compute_type(ScalarType activation) {
-  return activation == ScalarType::Half ? ScalarType::Float : activation;
+  const bool widen = activation == ScalarType::Half || (activation == ScalarType::BFloat16 && !has_bf16_products());
+  return widen ? ScalarType::Float : activation;
 }
 
 template <typename Fn>

@@ -8,9 +8,9 @@ namespace abba::cpu {
 void project(Tensor& u, const Tensor& x, const Tensor& f1, const Tensor& f2) {
   const int64_t tokens = x.size(0), features = x.size(1), rank = f1.size(0) * f2.size(0);
   const ScalarType type = compute_type(x.scalar_type());
-  if (type != x.scalar_type()) {  // fp16: widen kHalfTokens tokens at a time
-    for (int64_t t = 0; t < tokens; t += kHalfTokens) {
-      const int64_t count = std::min(kHalfTokens, tokens - t);
+  if (type != x.scalar_type()) {
+    for (int64_t t = 0; t < tokens; t += kWidenedTokens) {
+      const int64_t count = std::min(kWidenedTokens, tokens - t);
       Tensor wide = torch::stable::new_empty(u, {count, rank}, type);
       project(wide, torch::stable::to(slice(x, 0, t, count), type), f1, f2);
       Tensor rows = slice(u, 0, t, count);
