@@ -245,7 +245,7 @@ class _AbbaLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         saved = ctx.saved_tensors  # out here: a checkpoint computes them again now, with autograd
-        with contextlib.nullcontext() if torch.is_grad_enabled() else _below_autograd():
+        with _below_autograd():
             return _AbbaLinear._gradients(ctx, dy, *saved)
 
     @staticmethod
@@ -283,8 +283,8 @@ class _AbbaLinear(torch.autograd.Function):
 
 def _below_autograd():
     """For code that is the inside of one autograd node: operators are not taken through their own derivatives' code, which in
-    Python takes longer than a small kernel."""
-    if torch.compiler.is_compiling():  # the trace goes below it by itself
+    Python takes longer than a small kernel. Where gradients of it are wanted all the same (second derivatives), they are."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a trace goes below it by itself
         return contextlib.nullcontext()
     return torch._C._AutoDispatchBelowAutograd()
 
