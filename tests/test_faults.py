@@ -32,7 +32,7 @@ def test_kills_of_conversion(tmp_path, one_thread):
 
 def test_kills_of_merge(tmp_path):
     report = faults.kills_of_merge(12, 0, tmp_path)
-    assert report["kills"] == 12 and report["resumed"] > 0, report  # how many depends on what else the machine does
+    assert report["kills"] >= 12 and report["resumed"] >= 12, report
 
 
 def test_damaged_adapters(tmp_path):
