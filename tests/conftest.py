@@ -12,6 +12,13 @@ DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="session")
+def shared_tmp(tmp_path_factory):
+    """A temporary folder that all workers of pytest-xdist have in common; what is made there needs a lock."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a random two-layer Llama with a word-level tokenizer of the questions' words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers

@@ -3,7 +3,6 @@
 Skipped where there is no nvcc, and nowhere else: with nvcc, a missing nvdisasm is a failure.
 """
 import importlib.metadata
-import os
 import re
 import shutil
 import subprocess
@@ -106,7 +105,7 @@ def compile_unit(nvcc, nvdisasm, unit, architecture, folder):
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
+def kernels(shared_tmp):
     """(unit, architecture) -> its kernels, compiled two at a time; once for all workers of pytest-xdist."""
     try:
         nvcc = cuda_toolkit.find_nvcc()
@@ -114,8 +113,7 @@ def kernels(tmp_path_factory):
         pytest.skip(f"no CUDA kernels are compiled: {reason}")
     nvdisasm = find_nvdisasm()
     assert nvdisasm, "nvcc is here but nvdisasm is not: `pip install nvidia-cuda-nvdisasm`"
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cubins"
+    folder = shared_tmp / "cubins"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"), ThreadPoolExecutor(2) as pool:
         return dict(zip(BUILDS, pool.map(lambda pair: compile_unit(nvcc, nvdisasm, *pair, folder), BUILDS), strict=True))

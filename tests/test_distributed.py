@@ -56,10 +56,9 @@ def read(folder, scenario):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(shared_tmp):
     """The base model, and a run in one process; one folder for all workers of pytest-xdist."""
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "distributed"
+    folder = shared_tmp / "distributed"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
