@@ -21,6 +21,7 @@ constexpr int64_t kBlockElements = 1 << 20;  // of W0 at once
 constexpr int64_t kShareRows = 16;           // rows of W0 that one thread takes at least
 constexpr int64_t kPanel = 64;               // columns of W0 at once, and
 constexpr int64_t kRows = 16;                // rows: both products and the factors' panels are 32 KiB in fp32, an L1 cache
+constexpr int64_t kGroup = 4;                // rows that are formed while the next are fetched
 constexpr int64_t kLine = 64;                // bytes of a cache line
 
 struct Free {
@@ -113,8 +114,19 @@ ABBA_INLINE void multiply(T* out, int64_t out_ld, int64_t rows, int64_t columns,
 
 // --- one share of rows ---
 
-// For each panel of columns and each kRows rows, with M1 = B1 A1 and M2 = B2 A2 in L1: weight = W0 + s M1 ⊙ M2, and dW ⊙ M2,
-// the gradient of M1 up to s, contracted onto a1 and b1, dW ⊙ M1 onto a2 and b2. The panels of the factors lie contiguous.
+// Asks for the lines of rows [row, row + kGroup) and a panel of columns at k that will be read and written.
+template <typename T>
+ABBA_INLINE void prefetch(const Share<T>& p, int64_t row, int64_t k) {
+  for (int64_t j = row; j < std::min(row + kGroup, p.rows); ++j)
+    for (int64_t c = k; c < k + kPanel; c += kLine / static_cast<int64_t>(sizeof(T))) {
+      if (p.weight) __builtin_prefetch(p.base + j * p.base_ld + c), __builtin_prefetch(p.weight + j * p.n + c, 1);
+      if (p.dw) __builtin_prefetch(p.dw + j * p.n + c);
+    }
+}
+
+// For each panel of columns and each kRows rows, with M1 = B1 A1 and M2 = B2 A2 in L1, formed kGroup rows at a time:
+// weight = W0 + s M1 ⊙ M2, and dW ⊙ M2, the gradient of M1 up to s, contracted onto a1 and b1, dW ⊙ M1 onto a2 and b2. The
+// panels of the factors lie contiguous.
 template <typename T, int kVectorBytes>
 ABBA_INLINE void form_and_contract_with(const Share<T>& p) {
   using V __attribute__((vector_size(kVectorBytes))) = T;
@@ -145,25 +157,30 @@ ABBA_INLINE void form_and_contract_with(const Share<T>& p) {
         }
     for (int64_t row = 0; row < p.rows; row += kRows) {
       const int64_t rows = std::min(kRows, p.rows - row);
-      for (int i = 0; i < 2; ++i) {
-        const Pair<T>& pair = p.pair[i];
-        multiply<T, V, false>(stages[i].product.get(), kPanel, rows, kPanel, {pair.b + row * pair.r, pair.r, 1},
-                             stages[i].a.get(), kPanel, pair.r);
-      }
-      for (int64_t j = 0; j < rows; ++j) {
-        T* __restrict m1 = stages[0].product.get() + j * kPanel;
-        T* __restrict m2 = stages[1].product.get() + j * kPanel;
-        if (p.weight) {
-          const T* __restrict base = p.base + (row + j) * p.base_ld + k;
-          T* __restrict weight = p.weight + (row + j) * p.n + k;
-          for (int64_t c = 0; c < count; ++c) weight[c] = base[c] + p.s * m1[c] * m2[c];
+      for (int64_t j = 0; j < rows; j += kGroup) {
+        const int64_t end = std::min(j + kGroup, rows), next = row + j + kGroup;
+        if (next < p.rows) prefetch(p, next, k);
+        else if (k + kPanel < p.n) prefetch(p, 0, k + kPanel);
+        for (int i = 0; i < 2; ++i) {
+          const Pair<T>& pair = p.pair[i];
+          multiply<T, V, false>(stages[i].product.get() + j * kPanel, kPanel, end - j, kPanel,
+                                {pair.b + (row + j) * pair.r, pair.r, 1}, stages[i].a.get(), kPanel, pair.r);
         }
-        if (p.dw) {
-          const T* __restrict dw = p.dw + (row + j) * p.n + k;
-          for (int64_t c = 0; c < count; ++c) {
-            const T first = dw[c] * m2[c];
-            m2[c] = dw[c] * m1[c];
-            m1[c] = first;
+        for (int64_t i = j; i < end; ++i) {
+          T* __restrict m1 = stages[0].product.get() + i * kPanel;
+          T* __restrict m2 = stages[1].product.get() + i * kPanel;
+          if (p.weight) {
+            const T* __restrict base = p.base + (row + i) * p.base_ld + k;
+            T* __restrict weight = p.weight + (row + i) * p.n + k;
+            for (int64_t c = 0; c < count; ++c) weight[c] = base[c] + p.s * m1[c] * m2[c];
+          }
+          if (p.dw) {
+            const T* __restrict dw = p.dw + (row + i) * p.n + k;
+            for (int64_t c = 0; c < count; ++c) {
+              const T first = dw[c] * m2[c];
+              m2[c] = dw[c] * m1[c];
+              m1[c] = first;
+            }
           }
         }
       }
