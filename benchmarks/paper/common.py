@@ -38,12 +38,14 @@ class Experiment:
             time they took where this run has found some of them measured before.
         draw: The numbers and a path → writes the picture there.
         summary: The numbers → markdown that begins with a :func:`verdict` and has the measured number beside the paper's.
+        repeated: Whether it is measured for each of --seeds; once where nothing varies.
     """
 
     name: str
     measure: Callable[[argparse.Namespace], dict[str, Any]]
     draw: Callable[[dict[str, Any], Path], None]
     summary: Callable[[dict[str, Any]], str]
+    repeated: bool = True
 
 
 # --- verdicts ---
@@ -104,9 +106,10 @@ def section(experiment: Experiment, document: dict[str, Any], picture: str) -> s
     """The README's section of an experiment: its summary, its picture, and what the numbers belong to."""
     where, options, results = document["environment"], document["options"], document["results"]
     commit = f", commit {where['commit']}" if where["commit"] else ""
+    seeds = f"{options['seeds']} seeds, " if experiment.repeated else ""
     return "\n".join([experiment.summary(results), "", f"![{experiment.name}]({picture})", "",
                       f"{where['device']}, {where['threads']} thread{'s' * (where['threads'] != 1)}, torch {where['torch']}, "
-                      f"peft {where['peft']}{commit}; {options['seeds']} seeds, "
+                      f"peft {where['peft']}{commit}; {seeds}"
                       f"{results.get('seconds', document['seconds']) / 60:.0f} min."])
 
 

@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-EXPERIMENT = common.Experiment("memory", measure, draw, summary)
+EXPERIMENT = common.Experiment("memory", measure, draw, summary, repeated=False)
 
 if __name__ == "__main__":
     sys.exit(common.main(EXPERIMENT, parser()))
