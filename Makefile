@@ -25,6 +25,8 @@ TEST_PACKAGES = deepspeed gptqmodel optimum defuser device-smi logbar pypcre tok
 
 .PHONY: demo test bench robustness gpu-check clean
 
+# Without a GPU the demo has no use for the CUDA kernels, which take minutes to compile.
+demo: export ABBA_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 demo:
 	$(PYTHON) -m venv --clear .venv-demo
 	.venv-demo/$(PIP_INSTALL) torch
