@@ -21,7 +21,7 @@ constexpr int64_t kBlockElements = 1 << 20;  // of W0 at once
 constexpr int64_t kShareRows = 16;           // rows of W0 that one thread takes at least
 constexpr int64_t kPanel = 64;               // columns of W0 at once, and
 constexpr int64_t kRows = 16;                // rows: both products and the factors' panels are 32 KiB in fp32, an L1 cache
-constexpr int64_t kGroup = 4;                // rows that are formed while the next are fetched
+constexpr int64_t kGroup = 4;                // rows that are formed, a tile of multiply, while the next are fetched
 constexpr int64_t kLine = 64;                // bytes of a cache line
 
 struct Free {
