@@ -22,7 +22,7 @@ import transformers
 from commonsense import TASKS, Question, load_questions, package_folder
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from torch.nn.functional import cross_entropy
+from packing import answer_losses, pack
 from tqdm.auto import tqdm
 
 import abba_ext
@@ -116,10 +116,9 @@ def load_tokenizer(source: str | None):
 
 def encode(tokenizer, item: Question, choice: int, max_length: int, end: bool = False) -> dict[str, list[int]]:
     """Prompt and one answer as token ids; the labels are -100 but on the answer (and the end token, if asked for)."""
-    answer = tokenizer(" " + item.choices[choice], add_special_tokens=False)["input_ids"]
-    answer = (answer + [tokenizer.eos_token_id] * end)[: max_length - 1]
-    prompt = tokenizer(item.prompt)["input_ids"][-(max_length - len(answer)):]
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    packed = pack(tokenizer, item, [choice], max_length, end)
+    return {"input_ids": packed.tokens,
+            "labels": [token if part else -100 for token, part in zip(packed.tokens, packed.parts)]}
 
 
 def collate(features: list[dict[str, list[int]]], pad_id: int) -> dict:
@@ -138,30 +137,23 @@ def collate(features: list[dict[str, list[int]]], pad_id: int) -> dict:
 
 
 @torch.inference_mode()
-def evaluate(model, tokenizer, questions: list[Question], args, description: str, batch: int = 32) -> dict[str, float]:
+def evaluate(model, tokenizer, questions: list[Question], args, description: str, batch: int = 16) -> dict[str, float]:
     """Shares of the questions whose right answer is the likeliest: acc by the sum over tokens, acc_norm per byte."""
     model.eval()
-    pairs = [(index, choice) for index, item in enumerate(questions) for choice in range(len(item.choices))]
-    encoded = [encode(tokenizer, questions[index], choice, args.max_length) for index, choice in pairs]
-    order = sorted(range(len(pairs)), key=lambda k: len(encoded[k]["input_ids"]))  # little padding
-    scores = [[0.0] * len(item.choices) for item in questions]
-    with tqdm(total=len(pairs), desc=description, unit="answer") as bar:
+    packs = [pack(tokenizer, item, range(len(item.choices)), args.max_length) for item in questions]
+    order = sorted(range(len(packs)), key=lambda k: len(packs[k].tokens))  # little padding
+    right = normalised = 0
+    with tqdm(total=len(packs), desc=description, unit="question") as bar:
         for start in range(0, len(order), batch):
             chosen = order[start: start + batch]
-            inputs = to_device(collate([encoded[k] for k in chosen], tokenizer.pad_token_id), model.device)
-            labels = inputs.pop("labels")[:, 1:]
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-                logits = model(**inputs, use_cache=False).logits[:, :-1]
-            losses = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
-            for k, score in zip(chosen, (-losses.sum(1)).tolist()):
-                scores[pairs[k][0]][pairs[k][1]] = score
+                losses, _ = answer_losses(model, [packs[k] for k in chosen])
+            for k, values in zip(chosen, losses.split([len(questions[k].choices) for k in chosen])):
+                sizes = values.new_tensor([len(choice.encode()) for choice in questions[k].choices])
+                right += values.argmin().item() == questions[k].answer
+                normalised += (values / sizes).argmin().item() == questions[k].answer
             bar.update(len(chosen))
-    raw = norm = 0
-    for item, values in zip(questions, scores):
-        raw += values.index(max(values)) == item.answer
-        values = [value / len(choice.encode()) for value, choice in zip(values, item.choices)]
-        norm += values.index(max(values)) == item.answer
-    return {"acc": raw / len(questions), "acc_norm": norm / len(questions)}
+    return {"acc": right / len(questions), "acc_norm": normalised / len(questions)}
 
 
 def to_device(inputs: dict, device) -> dict:

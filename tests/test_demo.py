@@ -22,6 +22,11 @@ def commonsense(monkeypatch):
 
 
 @pytest.fixture
+def packing(commonsense):
+    return importlib.import_module("packing")
+
+
+@pytest.fixture
 def finetune(commonsense):
     return importlib.import_module("finetune_commonsense")
 
@@ -66,6 +71,46 @@ def test_padding_and_trimmed_logits_leave_scores_unchanged(finetune, tiny_model,
             losses.append(cross_entropy(logits, labels, reduction="none")[labels != -100])
     expected = torch.cat(losses).mean()
     torch.testing.assert_close(batched, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_accuracy_is_that_of_one_full_forward_per_answer(finetune, packing, tiny_model, commonsense):
+    """The answers of a question share its tokens in one sequence, and do not see each other."""
+    args = finetune.parse_args(["--no-bf16"])
+    model, tokenizer = finetune.load_model(str(tiny_model)), finetune.load_tokenizer(str(tiny_model))
+    items = commonsense.load_jsonl(QUESTIONS)
+    right = normalised = 0
+    for item in items:
+        losses = []
+        for choice in range(len(item.choices)):
+            feature = finetune.encode(tokenizer, item, choice, args.max_length)
+            with torch.inference_mode():
+                logits = model(torch.tensor([feature["input_ids"]])).logits[0, :-1]
+            losses.append(cross_entropy(logits, torch.tensor(feature["labels"][1:]), reduction="sum").item())
+        by_byte = [loss / len(text.encode()) for loss, text in zip(losses, item.choices, strict=True)]
+        right += losses.index(min(losses)) == item.answer
+        normalised += by_byte.index(min(by_byte)) == item.answer
+        packed = packing.pack(tokenizer, item, range(len(item.choices)), args.max_length)
+        with torch.inference_mode():
+            found, tokens = packing.answer_losses(model, [packed])
+        assert found.tolist() == pytest.approx(losses, rel=1e-4)
+        assert tokens.sum() == sum(part > 0 for part in packed.parts)
+    expected = {"acc": right / len(items), "acc_norm": normalised / len(items)}
+    assert finetune.evaluate(model, tokenizer, items, args, "accuracy", batch=5) == pytest.approx(expected)
+
+
+def test_a_question_is_packed_once_with_all_its_answers(finetune, packing, commonsense, tiny_model):
+    tokenizer = finetune.load_tokenizer(str(tiny_model))
+    item = commonsense.Question("one two three?", ("four", "five six"), 1)
+    prompt, answers = tokenizer(item.prompt)["input_ids"], [
+        tokenizer(" " + choice, add_special_tokens=False)["input_ids"] for choice in item.choices]
+    packed = packing.pack(tokenizer, item, range(2), 64)
+    assert packed.tokens == prompt + answers[0] + answers[1]
+    assert packed.parts == [0] * len(prompt) + [1] * len(answers[0]) + [2] * len(answers[1])
+    assert packed.positions == [*range(len(prompt)), *range(len(prompt), len(prompt) + len(answers[0])),
+                                *range(len(prompt), len(prompt) + len(answers[1]))]
+    short = packing.pack(tokenizer, item, [1], len(answers[1]) + 3, end=True)
+    assert short.tokens == prompt[-2:] + answers[1] + [tokenizer.eos_token_id]
+    assert short.positions == list(range(len(short.parts)))
 
 
 def test_long_questions_keep_answer_and_length(finetune, tiny_model, commonsense):

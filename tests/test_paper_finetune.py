@@ -116,21 +116,6 @@ def test_evaluation_is_that_of_one_full_forward_per_answer(run, max_length):
         assert right["a"] == {"loss": pytest.approx(found["a"]["loss"], rel=1e-4)}
 
 
-def test_a_question_is_packed_once_with_all_its_answers(run):
-    tokenizer = finetune.load_text(run.model)
-    item = finetune.Question("one two three?", ("four", "five six"), 1)
-    prompt, answers = tokenizer(item.prompt)["input_ids"], [
-        tokenizer(" " + choice, add_special_tokens=False)["input_ids"] for choice in item.choices]
-    packed = finetune.pack(tokenizer, item, range(2), 64)
-    assert packed.tokens == prompt + answers[0] + answers[1]
-    assert packed.parts == [0] * len(prompt) + [1] * len(answers[0]) + [2] * len(answers[1])
-    assert packed.positions == [*range(len(prompt)), *range(len(prompt), len(prompt) + len(answers[0])),
-                                *range(len(prompt), len(prompt) + len(answers[1]))]
-    short = finetune.pack(tokenizer, item, [1], len(answers[1]) + 3, end=True)
-    assert short.tokens == prompt[-2:] + answers[1] + [tokenizer.eos_token_id]
-    assert short.positions == list(range(len(short.parts)))
-
-
 def test_a_step_learns_the_mean_over_all_its_answer_tokens(run):
     run = replace(run, accumulation=2, dropout=0.0)
     questions, *_ = finetune.split(run)

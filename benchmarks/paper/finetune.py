@@ -26,9 +26,9 @@ from common import QUICK, RESULTS, harness
 from commonsense import TASKS, Question, load_questions
 from finetune_commonsense import load_tokenizer, pretrained_options
 from model_methods import TARGETS, attach, trainable
+from packing import Packed, answer_losses, pack
 from starts import apply_start
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
@@ -166,65 +166,10 @@ def adapt(run: Run, device: str) -> nn.Module:
 # --- losses ---
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A question followed by some of its answers, each of which sees the question and itself alone.
-
-    Attributes:
-        tokens: The question's, then those of each answer.
-        parts: For each token 0 if it is the question's, k if the k-th answer's.
-        positions: Of the tokens: every answer begins where the question ends.
-    """
-
-    tokens: list[int]
-    parts: list[int]
-    positions: list[int]
-
-
-def pack(tokenizer: Any, item: Question, choices: Iterable[int], max_length: int, end: bool = False) -> Packed:
-    """A question with the answers of these indices, and the end token if asked for.
-
-    The question and any one answer have at most max_length tokens together; a longer question loses its start.
-    """
-    answers = []
-    for choice in choices:
-        answer = tokenizer(" " + item.choices[choice], add_special_tokens=False)["input_ids"]
-        answers.append((answer + [tokenizer.eos_token_id] * end)[: max_length - 1])
-    prompt = tokenizer(item.prompt)["input_ids"][-(max_length - max(map(len, answers))):]
-    tokens, parts, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
-    for part, answer in enumerate(answers, 1):
-        tokens += answer
-        parts += [part] * len(answer)
-        positions += range(len(prompt), len(prompt) + len(answer))
-    return Packed(tokens, parts, positions)
-
-
-def answer_losses(model: nn.Module, batch: list[Packed]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods of the answers' tokens, summed for each answer, and the numbers of tokens: [answers] each.
-
-    The output head sees the positions in front of an answer's token, and no others.
-    """
-    device, dtype, width = model.device, model.dtype, max(len(packed.tokens) for packed in batch)
-    tokens, parts, positions = (
-        torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
-        for rows, fill in (([packed.tokens for packed in batch], 0), ([packed.parts for packed in batch], -1),
-                           ([packed.positions for packed in batch], 0)))
-    sees = (parts[:, :, None] == parts[:, None]) | (parts[:, None] == 0)
-    sees &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
-    rows, columns = (parts > 0).nonzero(as_tuple=True)
-    answers = parts[rows, columns]
-    lengths = (parts == 0).sum(1)[rows]  # of the questions
-    before = torch.where(answers == parts[rows, columns - 1], columns, lengths) - 1
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        hidden = model.get_decoder()(input_ids=tokens, attention_mask=mask, position_ids=positions,
-                                     use_cache=False).last_hidden_state
-        logits = model.get_output_embeddings()(hidden[rows, before])
-    losses = cross_entropy(logits.float(), tokens[rows, columns], reduction="none")
-    numbers = parts.amax(1).cumsum(0)  # of answers up to each row
-    index = (numbers[rows] - parts.amax(1)[rows]) + answers - 1
-    sums = losses.new_zeros(int(numbers[-1])).index_add(0, index, losses)
-    return sums, index.bincount(minlength=len(sums))
+def losses_of(model: nn.Module, batch: list[Packed]) -> tuple[Tensor, Tensor]:
+    """answer_losses in the dtype of the model."""
+    with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
+        return answer_losses(model, batch)
 
 
 @torch.no_grad()
@@ -251,7 +196,7 @@ def evaluate(model: nn.Module, tokenizer: Any, questions: dict[str, list[Questio
     for start in tqdm(range(0, len(order), EVAL_BATCH), desc="evaluating", unit="batch", leave=False):
         chosen = order[start: start + EVAL_BATCH]
         sums, counts = (tensor.split([packs[k].parts[-1] for k in chosen])
-                        for tensor in answer_losses(model, [packs[k] for k in chosen]))
+                        for tensor in losses_of(model, [packs[k] for k in chosen]))
         for k, losses, tokens in zip(chosen, sums, counts, strict=True):
             item, losses = asked[k][1], losses.tolist()
             right = item.answer if choices else 0
@@ -288,7 +233,7 @@ class Training:
         tokens = sum(sum(packed.parts) for batch in batches for packed in batch)
         total = 0.0
         for batch in batches:
-            loss = answer_losses(self.model, batch)[0].sum() / tokens
+            loss = losses_of(self.model, batch)[0].sum() / tokens
             loss.backward()
             total += loss.item()
         norm = nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
