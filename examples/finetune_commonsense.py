@@ -22,7 +22,7 @@ import transformers
 from commonsense import TASKS, Question, load_questions, package_folder
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from packing import answer_losses, pack
+from packing import losses_by_question, pack, prefers_right_answer
 from tqdm.auto import tqdm
 
 import abba_ext
@@ -141,19 +141,11 @@ def evaluate(model, tokenizer, questions: list[Question], args, description: str
     """Shares of the questions whose right answer is the likeliest: acc by the sum over tokens, acc_norm per byte."""
     model.eval()
     packs = [pack(tokenizer, item, range(len(item.choices)), args.max_length) for item in questions]
-    order = sorted(range(len(packs)), key=lambda k: len(packs[k].tokens))  # little padding
-    right = normalised = 0
-    with tqdm(total=len(packs), desc=description, unit="question") as bar:
-        for start in range(0, len(order), batch):
-            chosen = order[start: start + batch]
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-                losses, _ = answer_losses(model, [packs[k] for k in chosen])
-            for k, values in zip(chosen, losses.split([len(questions[k].choices) for k in chosen])):
-                sizes = values.new_tensor([len(choice.encode()) for choice in questions[k].choices])
-                right += values.argmin().item() == questions[k].answer
-                normalised += (values / sizes).argmin().item() == questions[k].answer
-            bar.update(len(chosen))
-    return {"acc": right / len(questions), "acc_norm": normalised / len(questions)}
+    found = []
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+        for k, losses, _ in tqdm(losses_by_question(model, packs, batch), total=len(packs), desc=description, unit="question"):
+            found.append(prefers_right_answer(questions[k], losses))
+    return {metric: sum(row[metric] for row in found) / len(found) for metric in ("acc", "acc_norm")}
 
 
 def to_device(inputs: dict, device) -> dict:

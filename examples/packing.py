@@ -1,5 +1,5 @@
 """A question packed with several answers into one sequence, and the answers' log-likelihoods: the question is read once."""
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +67,20 @@ def answer_losses(model: nn.Module, batch: list[Packed]) -> tuple[Tensor, Tensor
     index = (numbers[rows] - parts.amax(1)[rows]) + answers - 1
     sums = losses.new_zeros(int(numbers[-1])).index_add(0, index, losses)
     return sums, index.bincount(minlength=len(sums))
+
+
+def losses_by_question(model: nn.Module, packs: list[Packed], batch: int = 16) -> Iterator[tuple[int, list[float], list[int]]]:
+    """Each question's index, the losses of its answers and their numbers of tokens; questions of similar length are read together."""
+    order = sorted(range(len(packs)), key=lambda k: len(packs[k].tokens))
+    for start in range(0, len(order), batch):
+        chosen = order[start: start + batch]
+        sums, counts = (tensor.split([packs[k].parts[-1] for k in chosen])
+                        for tensor in answer_losses(model, [packs[k] for k in chosen]))
+        for k, losses, tokens in zip(chosen, sums, counts, strict=True):
+            yield k, losses.tolist(), tokens.tolist()
+
+
+def prefers_right_answer(item: Question, losses: list[float]) -> dict[str, bool]:
+    """Whether the right answer is the likeliest of all: "acc" as a sum over its tokens, "acc_norm" divided by its bytes."""
+    by_byte = [loss / len(text.encode()) for loss, text in zip(losses, item.choices, strict=True)]
+    return {"acc": losses.index(min(losses)) == item.answer, "acc_norm": by_byte.index(min(by_byte)) == item.answer}

@@ -56,6 +56,14 @@ def test_demo_runs_through(finetune, tiny_model, tmp_path, method, capsys):
     assert "same logits bit for bit" in capsys.readouterr().out
 
 
+def full_forward_losses(model, feature):
+    """Negative log-likelihoods of the answer's tokens, by one unpadded forward."""
+    labels = torch.tensor(feature["labels"][1:])
+    with torch.inference_mode():
+        logits = model(torch.tensor([feature["input_ids"]])).logits[0, :-1]
+    return cross_entropy(logits, labels, reduction="none")[labels != -100]
+
+
 def test_padding_and_trimmed_logits_leave_scores_unchanged(finetune, tiny_model, commonsense):
     """Left padding, position ids and logits_to_keep, against one unpadded full forward per answer."""
     args = finetune.parse_args(["--no-bf16"])
@@ -64,12 +72,7 @@ def test_padding_and_trimmed_logits_leave_scores_unchanged(finetune, tiny_model,
     features = [finetune.encode(tokenizer, item, item.answer, args.max_length, end=True) for item in items]
     with torch.inference_mode():
         batched = model(**finetune.collate(features, tokenizer.pad_token_id)).loss
-        losses = []
-        for feature in features:
-            logits = model(torch.tensor([feature["input_ids"]])).logits[0, :-1]
-            labels = torch.tensor(feature["labels"][1:])
-            losses.append(cross_entropy(logits, labels, reduction="none")[labels != -100])
-    expected = torch.cat(losses).mean()
+    expected = torch.cat([full_forward_losses(model, feature) for feature in features]).mean()
     torch.testing.assert_close(batched, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -80,12 +83,8 @@ def test_accuracy_is_that_of_one_full_forward_per_answer(finetune, packing, tiny
     items = commonsense.load_jsonl(QUESTIONS)
     right = normalised = 0
     for item in items:
-        losses = []
-        for choice in range(len(item.choices)):
-            feature = finetune.encode(tokenizer, item, choice, args.max_length)
-            with torch.inference_mode():
-                logits = model(torch.tensor([feature["input_ids"]])).logits[0, :-1]
-            losses.append(cross_entropy(logits, torch.tensor(feature["labels"][1:]), reduction="sum").item())
+        losses = [full_forward_losses(model, finetune.encode(tokenizer, item, choice, args.max_length)).sum().item()
+                  for choice in range(len(item.choices))]
         by_byte = [loss / len(text.encode()) for loss, text in zip(losses, item.choices, strict=True)]
         right += losses.index(min(losses)) == item.answer
         normalised += by_byte.index(min(by_byte)) == item.answer

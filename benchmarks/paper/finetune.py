@@ -26,9 +26,9 @@ from common import QUICK, RESULTS, harness
 from commonsense import TASKS, Question, load_questions
 from finetune_commonsense import load_tokenizer, pretrained_options
 from model_methods import TARGETS, attach, trainable
-from packing import Packed, answer_losses, pack
+from packing import answer_losses, losses_by_question, pack, prefers_right_answer
 from starts import apply_start
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
@@ -37,7 +37,6 @@ from abba_ext.checkpoint import replace_file
 WARMUP = 0.02  # share of the steps (Table 13)
 CLIP = 1.0  # largest norm of the gradient, the Trainer's
 POOL = 8  # batches whose questions are sorted by length together
-EVAL_BATCH = 16  # questions with all their answers
 TUNING_SEED = 0  # of the runs that a learning rate is chosen by
 CURVE_POINTS = 50
 CHECKPOINT_EVERY = 100  # steps, with --full
@@ -166,10 +165,9 @@ def adapt(run: Run, device: str) -> nn.Module:
 # --- losses ---
 
 
-def losses_of(model: nn.Module, batch: list[Packed]) -> tuple[Tensor, Tensor]:
-    """answer_losses in the dtype of the model."""
-    with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
-        return answer_losses(model, batch)
+def own_dtype(model: nn.Module) -> torch.autocast:
+    """The context in which products run in the dtype of the model."""
+    return torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
 
 @torch.no_grad()
@@ -191,19 +189,15 @@ def evaluate(model: nn.Module, tokenizer: Any, questions: dict[str, list[Questio
     model.eval()
     asked = [(source, item) for source, items in questions.items() for item in items]
     packs = [pack(tokenizer, item, range(len(item.choices)) if choices else [item.answer], max_length) for _, item in asked]
-    order = sorted(range(len(asked)), key=lambda k: len(packs[k].tokens))
     rows: dict[int, dict[str, float]] = {}
-    for start in tqdm(range(0, len(order), EVAL_BATCH), desc="evaluating", unit="batch", leave=False):
-        chosen = order[start: start + EVAL_BATCH]
-        sums, counts = (tensor.split([packs[k].parts[-1] for k in chosen])
-                        for tensor in losses_of(model, [packs[k] for k in chosen]))
-        for k, losses, tokens in zip(chosen, sums, counts, strict=True):
-            item, losses = asked[k][1], losses.tolist()
+    with own_dtype(model):
+        for k, losses, tokens in tqdm(losses_by_question(model, packs), total=len(packs), desc="evaluating", unit="question",
+                                      leave=False):
+            item = asked[k][1]
             right = item.answer if choices else 0
-            rows[k] = {"loss": losses[right] / tokens[right].item()}
+            rows[k] = {"loss": losses[right] / tokens[right]}
             if choices:
-                by_byte = [loss / len(text.encode()) for loss, text in zip(losses, item.choices, strict=True)]
-                rows[k] |= {"acc": losses.index(min(losses)) == right, "acc_norm": by_byte.index(min(by_byte)) == right}
+                rows[k] |= prefers_right_answer(item, losses)
     return {source: {key: statistics.fmean(rows[k][key] for k in range(len(asked)) if asked[k][0] == source)
                      for key in rows[0]} for source in questions}
 
@@ -233,7 +227,8 @@ class Training:
         tokens = sum(sum(packed.parts) for batch in batches for packed in batch)
         total = 0.0
         for batch in batches:
-            loss = losses_of(self.model, batch)[0].sum() / tokens
+            with own_dtype(self.model):
+                loss = answer_losses(self.model, batch)[0].sum() / tokens
             loss.backward()
             total += loss.item()
         norm = nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
