@@ -1,6 +1,7 @@
 """The stateless ABBA linear layer: one autograd node built from the three operators of :mod:`abba_ext.ops`."""
 import contextlib
 import math
+import platform
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class KernelPlan(NamedTuple):
     """The path that one call of the layer takes, and why.
 
     Attributes:
-        plan: "khatri_rao" (three operators on r1·r2 columns) or "dense" (ΔW formed block by block).
+        plan: "khatri_rao" (three operators on r1·r2 columns) or "dense" (W0 + ΔW formed strip by strip).
         kernel: "cpu" (compiled), "cuda" (handwritten kernels) or "composite" (torch matmuls, for what they do not cover).
         reason: One sentence.
     """
@@ -39,7 +40,8 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         dense        2·T·m·n for dW, and 8·(r1+r2)·m·n to form ΔW twice and to contract dW onto the factors
 
     The dense plan pays where R is large against m·n/(m+n) and T against the ranks. It runs in fp32 and fp64 on the CPU: in
-    half precision a ΔW below 2⁻⁹·|W0| would be rounded away. It keeps up to 2 Mi elements of scratch per calling thread.
+    half precision a ΔW below 2⁻⁹·|W0| would be rounded away. Its products are its own, written for x86; on other processors
+    it is used only where asked for. It keeps about 2 Mi elements of scratch for each thread.
 
     The CUDA kernels take bfloat16 and float16 activations and factors in that dtype or float32 (rounded to the activations'
     dtype while they are loaded), r2 up to 64 and any r1, on GPUs from compute capability 8.0. Whatever else comes on a GPU
@@ -68,6 +70,8 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
             reason = "asked for"
         elif dtype not in _DENSE_DTYPES:
             reason = "half-precision activations"
+        elif not _IS_X86:
+            reason = "not an x86 processor"
         else:
             reason = "cost beside the base layer: khatri_rao {:.2f} GFLOP, dense {:.2f}".format(*(c / 1e9 for c in _costs(*sizes)))
         return KernelPlan(chosen, "cpu", reason)
@@ -87,22 +91,23 @@ def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_ty
                          "half precision it would round small updates away")
     if plan != "auto":
         return plan
-    if not possible or torch.compiler.is_exporting():  # a choice by the number of tokens would confine an exported program
+    if not possible or not _IS_X86 or torch.compiler.is_exporting():  # a choice by the number of tokens would confine an exported program
         return "khatri_rao"
     khatri_rao, dense = _costs(num_tokens, in_features, out_features, r1, r2)
     return "dense" if dense < khatri_rao else "khatri_rao"
 
 
 def _costs(num_tokens, in_features, out_features, r1, r2) -> tuple[int, int]:
-    """Floating-point operations of the two plans beside the base layer's, weighted by how fast they run."""
-    khatri_rao = 6 * num_tokens * r1 * r2 * (out_features + in_features)
-    return khatri_rao, 2 * out_features * in_features * (num_tokens + _SKINNY_COST * 4 * (r1 + r2))
+    """Floating-point operations of the two plans beside the base layer's; those of the thin products with what they do not fill."""
+    khatri_rao = 6 * (num_tokens + _UNFILLED) * (r1 * r2 + _UNFILLED) * (out_features + in_features)
+    return khatri_rao, 2 * out_features * in_features * (num_tokens + 4 * (r1 + r2))
 
 
 _DENSE_DTYPES = (torch.float32, torch.float64)
-# The dense plan's low-rank products run at about half the rate of the large ones; measured on 2 cores with AVX-512, and on one
-# with AVX2 (benchmarks/NOTES.md), at 768x768, 768x3072 and 2048x2048, r1 = r2 = 16.
-_SKINNY_COST = 2
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Rows and columns by which the Khatri-Rao products seem larger than they are: forming and staging operands, passes over x and y.
+# Measured on 2 cores with AVX2, from 768x768 to 4096x4096, T from 32 to 1024, r1 = r2 from 4 to 32 (benchmarks/NOTES.md).
+_UNFILLED = 48
 
 
 def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor,

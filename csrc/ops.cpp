@@ -186,15 +186,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_backward(const Tensor& 
   check_tensor("dense_backward", "dy", dy, x);
   check(dy.size(0) == x.size(0) && dy.size(1) == weight.size(0) && dy.scalar_type() == x.scalar_type(),
         "dense_backward: dy must be [T, m] = [", x.size(0), ", ", weight.size(0), "] in x's dtype, got ", shape(dy));
-  const auto zeros = [](const Tensor& like, bool needed) {
-    Tensor t = torch::stable::new_empty(like, {needed ? like.size(0) : 0, like.size(1)});
-    return torch::stable::zero_(t);
+  const auto like = [](const Tensor& t, bool needed) {
+    return torch::stable::new_empty(t, {needed ? t.size(0) : 0, t.size(1)});
   };
-  Tensor dx = torch::stable::new_empty(x, {need_x ? x.size(0) : 0, x.size(1)});
-  Tensor da1 = zeros(a1, need_factors), db1 = zeros(b1, need_factors), da2 = zeros(a2, need_factors), db2 = zeros(b2, need_factors);
-  if (weight.numel() == 0) {
-    torch::stable::zero_(dx);
-  } else if (x.size(0) != 0 && (need_x || need_factors)) {
+  Tensor dx = like(x, need_x), da1 = like(a1, need_factors), db1 = like(b1, need_factors), da2 = like(a2, need_factors),
+         db2 = like(b2, need_factors);
+  if (x.size(0) == 0 || weight.numel() == 0) {
+    for (Tensor* t : {&dx, &da1, &db1, &da2, &db2}) torch::stable::zero_(*t);
+  } else if (need_x || need_factors) {
     cpu::dense_backward(dx, da1, db1, da2, db2, x, dy, weight, a1, b1, a2, b2, s, need_x, need_factors);
   }
   return {dx, da1, db1, da2, db2};

@@ -1,6 +1,7 @@
 """The layer as a function: forward and every gradient against dense ΔW in fp64, for all bases, plans and dtypes."""
 import itertools
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, assert_close_to_truth, assert_no_worse_than, dense_linear, random_layer
 
-from abba_ext import abba_linear, abba_update, kernel_plan, ops, reference
+from abba_ext import abba_linear, abba_update, functional, kernel_plan, ops, reference
 
 NAMES = ("x", "weight", "bias", "a1", "b1", "a2", "b2")
 SCALE = 0.7
@@ -40,7 +41,7 @@ def check_layer(args, **options):
 @pytest.mark.parametrize("ranks", [(1, 1), (1, 6), (3, 5), (8, 8), (16, 16), (9, 12)], ids=str)
 @pytest.mark.parametrize("sizes", [(64, 48, 40), (33, 17, 65)], ids=str)
 def test_against_dense(dtype, ranks, sizes):
-    check_layer(random_layer(*sizes, *ranks, dtype))
+    check_layer(random_layer(*sizes, *ranks, dtype), plan="khatri_rao")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -56,10 +57,11 @@ def test_fp32_masters(dtype, recompute_u):
 
 
 @given(tokens=st.integers(1, 30), n=st.integers(1, 70), m=st.integers(1, 70), r1=st.integers(1, 9), r2=st.integers(1, 9),
-       dtype=st.sampled_from(DTYPES), bias=st.booleans(), recompute_u=st.booleans())
+       dtype=st.sampled_from(DTYPES), bias=st.booleans(), options=st.sampled_from(
+           [{"plan": "auto"}, {"plan": "khatri_rao"}, {"plan": "khatri_rao", "recompute_u": True}]))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_any_shape(tokens, n, m, r1, r2, dtype, bias, recompute_u):
-    check_layer(random_layer(tokens, n, m, r1, r2, dtype, bias=bias), recompute_u=recompute_u)
+def test_any_shape(tokens, n, m, r1, r2, dtype, bias, options):
+    check_layer(random_layer(tokens, n, m, r1, r2, dtype, bias=bias), **options)
 
 
 @pytest.mark.parametrize("plan, recompute_u", [("khatri_rao", False), ("khatri_rao", True), ("dense", False)])
@@ -156,6 +158,27 @@ def test_dense_plan_over_blocks_and_ragged_tiles(sizes, dtype):
     check_layer(random_layer(*sizes, 16, 17, dtype), plan="dense")
 
 
+@contextmanager
+def num_threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads, sizes", [(1, (2500, 70, 90)), (8, (1100, 130, 150)), (5, (2100, 200, 40)), (7, (300, 700, 450))], ids=str)
+def test_dense_plan_divided_among_threads(threads, sizes):
+    """Columns of W0 first, then tokens, in pieces: sums are the same for the same number of threads."""
+    args = random_layer(*sizes, 5, 3, torch.float32)
+    with num_threads(threads):
+        check_layer(args, plan="dense")
+        y = abba_linear(*args, SCALE, plan="dense")
+        first, second = (torch.autograd.grad(y.square().sum(), args, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
 def test_dense_plan_forms_the_update_in_registers():
     """It once took twenty times as long, where vectors were wider than the processor's registers."""
     x, weight, bias, a1, b1, a2, b2 = random_layer(1, 512, 512, 16, 16, torch.float32, requires_grad=False)
@@ -167,13 +190,9 @@ def test_dense_plan_forms_the_update_in_registers():
             return time.thread_time() - start
         return min(once() for _ in range(20))
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with num_threads(1):
         ours = seconds(lambda: ops.dense_forward(x, weight, bias, a1, b1, a2, b2, SCALE))
         matmuls = seconds(lambda: torch.addmm(bias, x, (weight + SCALE * (b1 @ a1) * (b2 @ a2)).t()))
-    finally:
-        torch.set_num_threads(threads)
     assert ours < 5 * matmuls
 
 
@@ -204,9 +223,9 @@ def saved_bytes(function):
 def test_saves_only_x_u_and_parameters():
     args = random_layer(64, 100, 120, 4, 8, torch.float32)
     own = {t.untyped_storage().data_ptr() for t in args}
-    extra = {k: v for k, v in saved_bytes(lambda: abba_linear(*args, SCALE)).items() if k not in own}
+    extra = {k: v for k, v in saved_bytes(lambda: abba_linear(*args, SCALE, plan="khatri_rao")).items() if k not in own}
     assert list(extra.values()) == [64 * 32 * 4]  # u [T, r1*r2]
-    assert set(saved_bytes(lambda: abba_linear(*args, SCALE, recompute_u=True))) <= own
+    assert set(saved_bytes(lambda: abba_linear(*args, SCALE, plan="khatri_rao", recompute_u=True))) <= own
     assert set(saved_bytes(lambda: abba_linear(*args, SCALE, plan="dense"))) <= own
 
 
@@ -250,10 +269,14 @@ def test_compile_without_graph_breaks(dynamic, plan):
             assert_close_to_truth(ours.grad, theirs.grad, 1e-5, f"d{name}")
 
 
-def test_plan_follows_cost_and_dtype():
+def test_plan_follows_cost_processor_and_dtype(monkeypatch):
+    monkeypatch.setattr(functional, "_IS_X86", True)
     assert kernel_plan(1024, 2048, 2048, 16, 16).plan == "khatri_rao"
-    assert kernel_plan(4, 768, 768, 16, 16).plan == "khatri_rao"
+    assert kernel_plan(1, 768, 768, 16, 16).plan == "khatri_rao"
     assert kernel_plan(512, 768, 768, 16, 16).plan == "dense"
+    monkeypatch.setattr(functional, "_IS_X86", False)
+    assert kernel_plan(512, 768, 768, 16, 16)[::2] == ("khatri_rao", "not an x86 processor")
+    assert kernel_plan(512, 768, 768, 16, 16, plan="dense").plan == "dense"
     assert kernel_plan(512, 768, 768, 16, 16, torch.bfloat16).plan == "khatri_rao"
     assert kernel_plan(512, 768, 768, 16, 16, torch.float32, "cuda")[:2] == ("khatri_rao", "composite")
 
