@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="socialiqa",
         help=f"one of {', '.join(TASKS)}, a .jsonl file or a hub data set (default: %(default)s)")
     add("--method", choices=("abba", "lora"), default="abba")
-    add("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
+    add("--steps", type=int, default=40, help="optimizer steps (default: %(default)s)")
     add("--batch", type=int, default=16, help="questions per step (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     add("--r", type=int, default=32, help="rank: r of LoRA, r1 + r2 of ABBA (default: %(default)s)")
