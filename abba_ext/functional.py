@@ -73,7 +73,8 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         elif not _IS_X86:
             reason = "not an x86 processor"
         else:
-            reason = "cost beside the base layer: khatri_rao {:.2f} GFLOP, dense {:.2f}".format(*(c / 1e9 for c in _costs(*sizes)))
+            costs = (cost / 1e9 for cost in _costs(*sizes))
+            reason = "cost beside the base layer: khatri_rao {:.2f} GFLOP, dense {:.2f}".format(*costs)
         return KernelPlan(chosen, "cpu", reason)
     uncovered = ops.uncovered_by_cuda(dtype, factor_dtype or torch.promote_types(dtype, torch.float32), r2, device)
     if uncovered:
@@ -91,7 +92,8 @@ def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_ty
                          "half precision it would round small updates away")
     if plan != "auto":
         return plan
-    if not possible or not _IS_X86 or torch.compiler.is_exporting():  # a choice by the number of tokens would confine an exported program
+    # A choice by the number of tokens would confine an exported program.
+    if not possible or not _IS_X86 or torch.compiler.is_exporting():
         return "khatri_rao"
     khatri_rao, dense = _costs(num_tokens, in_features, out_features, r1, r2)
     return "dense" if dense < khatri_rao else "khatri_rao"

@@ -34,7 +34,7 @@ class Case:
         r1, r2 = (rng.choice((1, 1, 2, 3, 4, 5, 8, 16)) for _ in range(2))
         dtype = rng.choice(DTYPES)
         factor_dtype = dtype if rng.random() < 0.5 else rng.choice(DTYPES)
-        self.op = rng.choice(("project", "expand_", "factor_grad", "abba_linear"))
+        self.op = rng.choice(("project", "expand_", "factor_grad", "abba_linear", "dense_backward"))
         rank = r1 * r2
         shapes = {"x": (tokens, d), "f1": (r1, d), "f2": (r2, d)}
         if self.op == "expand_":
@@ -44,17 +44,22 @@ class Case:
         elif self.op == "abba_linear":
             shapes = {"x": (tokens, d), "weight": (m, d), "bias": (m,),
                       "a1": (r1, d), "b1": (m, r1), "a2": (r2, d), "b2": (m, r2)}
+        elif self.op == "dense_backward":
+            dtype = factor_dtype = rng.choice((torch.float32, torch.float64))
+            shapes = {"x": (tokens, d), "dy": (tokens, m), "weight": (m, d),
+                      "a1": (r1, d), "b1": (m, r1), "a2": (r2, d), "b2": (m, r2)}
         factors = {"f1", "f2", "a1", "b1", "a2", "b2"}
-        self.arguments = {name: self.draw(shape, factor_dtype if name in factors else dtype, written=name == "y")
+        self.arguments = {name: self.draw(shape, factor_dtype if name in factors else dtype, written=name == "y",
+                                          contiguous=self.op == "dense_backward" and name in factors)
                           for name, shape in shapes.items()}
         if self.op != "project":
             self.arguments["s"] = rng.choice((1.0, -0.5, 0.0, 3.25, 2))
         if rng.random() < 0.5:
             self.break_something()
 
-    def draw(self, shape, dtype, written=False) -> torch.Tensor:
+    def draw(self, shape, dtype, written=False, contiguous=False) -> torch.Tensor:
         """Random values behind random strides and offset, amid guards."""
-        layout = self.rng.choice(("plain", "transposed", "row gaps", "column gaps", "plain"))
+        layout = "plain" if contiguous else self.rng.choice(("plain", "transposed", "row gaps", "column gaps", "plain"))
         wide = [*shape]
         if layout == "row gaps":
             wide[-1] += self.rng.randint(1, 5)
@@ -74,7 +79,7 @@ class Case:
             view = view.permute(*reversed(range(len(shape))))
         view.copy_(torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype))
         self.buffers.append((buffer, view))
-        if not written and len(shape) == 2 and shape[0] and self.rng.random() < 0.05:
+        if not written and not contiguous and len(shape) == 2 and shape[0] and self.rng.random() < 0.05:
             return view[:1].expand(shape)  # rows that share memory may be read
         return view
 
@@ -126,15 +131,22 @@ class Case:
             return [arguments["y"]]
         if self.op == "abba_linear":
             return [abba_ext.abba_linear(*arguments.values())]
+        if self.op == "dense_backward":
+            return list(ops.dense_backward(*arguments.values(), True, True))
         result = getattr(ops, self.op)(*arguments.values())
         return list(result) if isinstance(result, tuple) else [result]
 
     def truth(self, before: dict) -> list[torch.Tensor]:
         """What the operator is defined to give, dense and in fp64."""
         value = {name: v.detach().double() if isinstance(v, torch.Tensor) else v for name, v in before.items()}
-        if self.op == "abba_linear":
-            delta = value["s"] * (value["b1"] @ value["a1"]) * (value["b2"] @ value["a2"])
-            y = value["x"] @ (value["weight"] + delta).t()
+        if self.op in ("abba_linear", "dense_backward"):
+            m1, m2 = value["b1"] @ value["a1"], value["b2"] @ value["a2"]
+            weight = value["weight"] + value["s"] * m1 * m2
+            if self.op == "dense_backward":
+                dm1, dm2 = (value["s"] * (value["dy"].t() @ value["x"]) * m for m in (m2, m1))
+                return [value["dy"] @ weight, value["b1"].t() @ dm1, dm1 @ value["a1"].t(),
+                        value["b2"].t() @ dm2, dm2 @ value["a2"].t()]
+            y = value["x"] @ weight.t()
             return [y if value["bias"] is None else y + value["bias"]]
         kr = dense_kr(value["f1"], value["f2"])
         if self.op == "project":

@@ -168,7 +168,8 @@ def num_threads(count):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("threads, sizes", [(1, (2500, 70, 90)), (8, (1100, 130, 150)), (5, (2100, 200, 40)), (7, (300, 700, 450))], ids=str)
+@pytest.mark.parametrize("threads, sizes", [(1, (2500, 70, 90)), (8, (1100, 130, 150)), (5, (2100, 200, 40)),
+                                            (7, (300, 700, 450))], ids=str)
 def test_dense_plan_divided_among_threads(threads, sizes):
     """Columns of W0 first, then tokens, in pieces: sums are the same for the same number of threads."""
     args = random_layer(*sizes, 5, 3, torch.float32)
