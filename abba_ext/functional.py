@@ -36,7 +36,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
 
     Floating-point operations of a training step beside the base layer's, with R = r1·r2:
 
-        khatri_rao   6·T·R·(m+n)
+        khatri_rao   6·T·R·(m+n), counted as if T and R were larger by 48: so do products take that do not fill the processor
         dense        2·T·m·n for dW, and 8·(r1+r2)·m·n to form ΔW twice and to contract dW onto the factors
 
     The dense plan pays where R is large against m·n/(m+n) and T against the ranks. It runs in fp32 and fp64 on the CPU: in
@@ -100,15 +100,15 @@ def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_ty
 
 
 def _costs(num_tokens, in_features, out_features, r1, r2) -> tuple[int, int]:
-    """Floating-point operations of the two plans beside the base layer's; those of the thin products with what they do not fill."""
+    """Floating-point operations of the two plans beside the base layer's, as kernel_plan counts them."""
     khatri_rao = 6 * (num_tokens + _UNFILLED) * (r1 * r2 + _UNFILLED) * (out_features + in_features)
     return khatri_rao, 2 * out_features * in_features * (num_tokens + 4 * (r1 + r2))
 
 
 _DENSE_DTYPES = (torch.float32, torch.float64)
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-# Rows and columns by which the Khatri-Rao products seem larger than they are: forming and staging operands, passes over x and y.
-# Measured on 2 cores with AVX2, from 768x768 to 4096x4096, T from 32 to 1024, r1 = r2 from 4 to 32 (benchmarks/NOTES.md).
+# By how much T and R seem larger than they are: forming and staging operands, passes over x and y. Measured on 2 cores
+# with AVX2, from 768x768 to 4096x4096, T from 1 to 1024, r1 = r2 from 4 to 32 (benchmarks/NOTES.md).
 _UNFILLED = 48
 
 
