@@ -41,7 +41,8 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
 
     The dense plan pays where R is large against m·n/(m+n) and T against the ranks. It runs in fp32 and fp64 on the CPU: in
     half precision a ΔW below 2⁻⁹·|W0| would be rounded away. Its products are its own, written for x86; on other processors
-    it is used only where asked for. It keeps about 2 Mi elements of scratch for each thread.
+    it is used only where asked for. They sum in another order than torch's, so that with ΔW = 0 the output is the base layer's
+    up to rounding. It keeps about 2 Mi elements of scratch for each thread.
 
     The CUDA kernels take bfloat16 and float16 activations and factors in that dtype or float32 (rounded to the activations'
     dtype while they are loaded), r2 up to 64 and any r1, on GPUs from compute capability 8.0. Whatever else comes on a GPU
