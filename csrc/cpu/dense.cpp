@@ -27,6 +27,7 @@ constexpr int64_t kPanelBytes = 24 << 10;  // of a product's right operand in th
 constexpr int64_t kStrip = 96;             // rows of its left operand at once: they stay in L2
 constexpr int64_t kColumns = 768;          // of P in a piece, at most, and
 constexpr int64_t kTokens = 2048;          // tokens, at most: they bound the packed copies
+constexpr int64_t kShareTokens = 512;      // that a thread takes at least where tokens are divided
 constexpr int64_t kFormed = 64;            // columns of P that are formed at once, and
 constexpr int64_t kRows = 16;              // rows: both products and the factors' panels are 32 KiB in fp32
 constexpr int64_t kGroup = 4;              // rows that are formed while the next are fetched, a tile of multiply
@@ -80,8 +81,7 @@ template <typename T>
 struct Pair {
   Matrix<T> left, right;  // [K, r], [r, N]
   int64_t r;
-  T *dleft, *dright;  // [K, padded_rank], [r, dright_ld]: added to, up to s
-  int64_t dright_ld;
+  T *dleft, *dright;  // [K, padded_rank], [r, N]: added to, up to s
 };
 
 // What is computed at once: out = in P + bias for some tokens T and columns N of P, and from dP = in^T grad_in their part of the
@@ -93,8 +93,8 @@ struct Piece {
   T s;
   Pair<T> pair[2];
   const T* bias;      // [N], or null
-  T* out;             // [T, out_ld], or null
-  int64_t out_ld;
+  T* out;             // [T, N], or null
+  int64_t out_ld;     // of out and of dright: N of the layer
   Matrix<T> grad_in;  // [T, N], or at null
 
   Piece part(int64_t token, int64_t num_tokens, int64_t column, int64_t num_columns) const {
@@ -236,6 +236,16 @@ ABBA_INLINE void pack_tile(T* to, const Matrix<T>& from, int64_t columns) {
   }
 }
 
+// to [kRows, kFormed] = from [kRows, columns], whose columns are contiguous
+template <typename T>
+ABBA_INLINE void turn(T* to, const Matrix<T>& from, int64_t columns) {
+  constexpr int64_t width = 16 / sizeof(T);
+  int64_t c = 0;
+  for (; c + width <= columns; c += width) transpose(to + c, kFormed, from.at + c * from.column, from.column, kRows);
+  for (; c < columns; ++c)
+    for (int64_t i = 0; i < kRows; ++i) to[i * kFormed + c] = from.at[i + c * from.column];
+}
+
 // to [rows / kTileRows, columns, kTileRows] = from [rows, columns]; the last tile is not filled up
 template <int kTileRows, typename T>
 ABBA_INLINE void pack_tiles(T* to, const Matrix<T>& from, int64_t rows, int64_t columns) {
@@ -285,17 +295,17 @@ struct Loops {
   const bool gradient = p.grad_in.at;
   const int64_t depth_block = block_size(p.depth, kDepth), token_block = block_size(p.tokens, kDepth);
   const int64_t ld = round_up(p.columns, kFormed);
-  const int64_t stage_size[2] = {kFormed * (2 * p.pair[0].r + padded_rank(p.pair[0].r)),
-                                 kFormed * (2 * p.pair[1].r + padded_rank(p.pair[1].r))};
-  T* const tiles = scratch<T>(kStrip * kDepth + ld * depth_block + ld / kFormed * (stage_size[0] + stage_size[1]) +
+  const int64_t first_stage = kFormed * (2 * p.pair[0].r + padded_rank(p.pair[0].r));  // its size
+  const int64_t both_stages = first_stage + kFormed * (2 * p.pair[1].r + padded_rank(p.pair[1].r));
+  T* const tiles = scratch<T>(kStrip * kDepth + ld * depth_block + ld / kFormed * both_stages +
                               (gradient ? ld * (kStrip + p.tokens) : 0));  // of in
   T* const operand = tiles + kStrip * kDepth;   // P [ld / kPanel, depth, kPanel]
   T* const stages = operand + ld * depth_block;
-  T* const strip = stages + ld / kFormed * (stage_size[0] + stage_size[1]);  // of dP: [kStrip, ld]
+  T* const strip = stages + ld / kFormed * both_stages;  // of dP: [kStrip, ld]
   T* const panels = strip + kStrip * ld;        // grad_in [blocks of tokens, ld / kPanel, tokens, kPanel]
 
   ABBA_INLINE Stage<T> stage(int64_t column, int i) const {
-    T* at = stages + column / kFormed * (stage_size[0] + stage_size[1]) + i * stage_size[0];
+    T* at = stages + column / kFormed * both_stages + i * first_stage;
     const int64_t r = p.pair[i].r;
     return {at, at + r * kFormed, at + (r + padded_rank(r)) * kFormed};
   }
@@ -355,7 +365,7 @@ struct Loops {
     }
   }
 
-  // Rows [k + first, k + first + rows) of P, with M1 = L1 R1 and M2 = L2 R2 in L1: operand = base + s M1 ⊙ M2; dP ⊙ M2, the
+  // Rows [k + first, k + first + height) of P, with M1 = L1 R1 and M2 = L2 R2 in L1: operand = base + s M1 ⊙ M2; dP ⊙ M2, the
   // gradient of M1 up to s, is contracted onto L1 and R1, dP ⊙ M1 onto L2 and R2.
   ABBA_INLINE void form_and_contract(int64_t k, int64_t first, int64_t height, int64_t depth) const {
     alignas(kLine) T product[2][kRows * kFormed], turned[kRows * kFormed];
@@ -372,11 +382,7 @@ struct Loops {
                            p.pair[i].left.from(row + g, 0), stages[i].right, kFormed, p.pair[i].r, false);
         }
         if (p.out && base.row == 1 && rows == kRows) {
-          constexpr int64_t group = 16 / sizeof(T);
-          int64_t c = 0;
-          for (; c + group <= count; c += group) transpose(turned + c, kFormed, base.at + c * base.column, base.column, kRows);
-          for (; c < count; ++c)
-            for (int64_t i = 0; i < kRows; ++i) turned[i * kFormed + c] = base.at[i + c * base.column];
+          turn(turned, base, count);
           base = {turned, kFormed, 1};
         }
         for (int64_t i = 0; i < rows; ++i) {
@@ -442,7 +448,7 @@ struct Loops {
       for (int i = 0; i < 2; ++i)
         for (int64_t a = 0; a < p.pair[i].r; ++a)
           for (int64_t c = 0; c < std::min(kFormed, p.columns - f); ++c)
-            p.pair[i].dright[a * p.pair[i].dright_ld + f + c] += stage(f, i).dright[a * kFormed + c];
+            p.pair[i].dright[a * p.out_ld + f + c] += stage(f, i).dright[a * kFormed + c];
   }
 };
 
@@ -482,7 +488,7 @@ struct Shares {
   Shares(int64_t num_columns, int64_t num_tokens) {
     const int64_t threads = torch::stable::get_num_threads();
     columns = std::clamp<int64_t>(num_columns / kFormed, 1, threads);
-    tokens = std::clamp<int64_t>(num_tokens / 512, 1, threads / columns);
+    tokens = std::clamp<int64_t>(num_tokens / kShareTokens, 1, threads / columns);
   }
 };
 
@@ -522,12 +528,13 @@ void run(const Piece<T>& layer, const Shares& shares, int64_t dleft_size, int64_
 template <typename T>
 void sum_parts(Tensor& out, const T* parts, int64_t ld, int64_t stride, int64_t count, T s) {
   const int64_t columns = out.size(1);
+  T* const g_out = ptr<T>(out);
   torch::stable::parallel_for(0, out.size(0), std::max<int64_t>(1, 32768 / (columns + 1)), [&](int64_t lo, int64_t hi) {
     for (int64_t i = lo; i < hi; ++i)
       for (int64_t j = 0; j < columns; ++j) {
         T sum = 0;
         for (int64_t part = 0; part < count; ++part) sum += parts[part * stride + i * ld + j];
-        ptr<T>(out)[i * columns + j] = s * sum;
+        g_out[i * columns + j] = s * sum;
       }
   });
 }
@@ -535,10 +542,10 @@ void sum_parts(Tensor& out, const T* parts, int64_t ld, int64_t stride, int64_t 
 template <typename T>
 void forward(Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor (&a)[2],
              const Tensor (&b)[2], T s) {
-  const Tensor row = bias ? torch::stable::contiguous(*bias) : y;
+  std::optional<Tensor> row;  // the bias, kept until the end
   Piece<T> p{x.size(0), weight.size(1), weight.size(0), matrix<T>(x), matrix<T>(weight).transposed(), s};
   for (int i = 0; i < 2; ++i) p.pair[i] = {matrix<T>(a[i]).transposed(), matrix<T>(b[i]).transposed(), a[i].size(0)};
-  if (bias) p.bias = ptr<T>(row);
+  if (bias) row = torch::stable::contiguous(*bias), p.bias = ptr<T>(*row);
   p.out = ptr<T>(y), p.out_ld = p.columns;
   run(p, Shares(p.columns, p.tokens), 0, 0);
 }
@@ -548,14 +555,13 @@ void backward(Tensor& dx, Tensor (&da)[2], Tensor (&db)[2], const Tensor& x, con
               const Tensor (&a)[2], const Tensor (&b)[2], T s, bool need_x, bool need_factors) {
   Piece<T> p{x.size(0), weight.size(0), weight.size(1), matrix<T>(dy), matrix<T>(weight), s};
   for (int i = 0; i < 2; ++i) p.pair[i] = {matrix<T>(b[i]), matrix<T>(a[i]), a[i].size(0)};
-  if (need_x) p.out = ptr<T>(dx), p.out_ld = p.columns;
+  p.out = need_x ? ptr<T>(dx) : nullptr, p.out_ld = p.columns;
   const Shares shares(p.columns, p.tokens);
   if (!need_factors) return run(p, shares, 0, 0);
   p.grad_in = matrix<T>(x);
   const int64_t ld[2] = {padded_rank(p.pair[0].r), padded_rank(p.pair[1].r)}, dleft_size = p.depth * (ld[0] + ld[1]);
   const int64_t dright_size = (p.pair[0].r + p.pair[1].r) * p.columns, num_shares = shares.columns * shares.tokens;
   const Buffer<T> dleft = zeros<T>(num_shares * dleft_size), dright = zeros<T>(shares.tokens * dright_size);
-  for (Pair<T>& pair : p.pair) pair.dright_ld = p.columns;
   p.pair[0].dleft = dleft.get(), p.pair[1].dleft = dleft.get() + p.depth * ld[0];
   p.pair[0].dright = dright.get(), p.pair[1].dright = dright.get() + p.pair[0].r * p.columns;
   run(p, shares, dleft_size, dright_size);
