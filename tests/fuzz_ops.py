@@ -37,18 +37,17 @@ class Case:
         self.op = rng.choice(("project", "expand_", "factor_grad", "abba_linear", "dense_backward"))
         rank = r1 * r2
         shapes = {"x": (tokens, d), "f1": (r1, d), "f2": (r2, d)}
+        pairs = {"a1": (r1, d), "b1": (m, r1), "a2": (r2, d), "b2": (m, r2)}
         if self.op == "expand_":
             shapes = {"y": (tokens, d), "u": (tokens, rank), "f1": (r1, d), "f2": (r2, d)}
         elif self.op == "factor_grad":
             shapes = {"x": (tokens, d), "v": (tokens, rank), "f1": (r1, d), "f2": (r2, d)}
         elif self.op == "abba_linear":
-            shapes = {"x": (tokens, d), "weight": (m, d), "bias": (m,),
-                      "a1": (r1, d), "b1": (m, r1), "a2": (r2, d), "b2": (m, r2)}
+            shapes = {"x": (tokens, d), "weight": (m, d), "bias": (m,), **pairs}
         elif self.op == "dense_backward":
             dtype = factor_dtype = rng.choice((torch.float32, torch.float64))
-            shapes = {"x": (tokens, d), "dy": (tokens, m), "weight": (m, d),
-                      "a1": (r1, d), "b1": (m, r1), "a2": (r2, d), "b2": (m, r2)}
-        factors = {"f1", "f2", "a1", "b1", "a2", "b2"}
+            shapes = {"x": (tokens, d), "dy": (tokens, m), "weight": (m, d), **pairs}
+        factors = {"f1", "f2", *pairs}
         self.arguments = {name: self.draw(shape, factor_dtype if name in factors else dtype, written=name == "y",
                                           contiguous=self.op == "dense_backward" and name in factors)
                           for name, shape in shapes.items()}

@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 import faults
 import fuzz_ops
 import torch
+from threads import num_threads
 from tqdm import tqdm
 
 TESTS = Path(__file__).resolve().parent
@@ -114,16 +115,12 @@ def measure(seed: int, share: float = 1.0) -> dict[str, dict[str, int]]:
         "merges": lambda: faults.merges(count(1000)),
         "swaps": lambda: in_new_folder(faults.swaps, count(1000)),
     }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process has no worker threads
     results, progress = {}, tqdm(parts.items(), unit="part", file=sys.stderr)
-    try:
+    with num_threads(1):  # a forked process has no worker threads
         for name, part in progress:
             progress.set_postfix_str(name)
             begin = time.perf_counter()
             results[name] = {**part(), "seconds": round(time.perf_counter() - begin, 1)}
-    finally:
-        torch.set_num_threads(threads)
     return results
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
+from threads import num_threads
 
 import abba_ext
 
@@ -16,10 +17,8 @@ import abba_ext
 @pytest.fixture
 def one_thread():
     """A forked process has no worker threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with num_threads(1):
+        yield
 
 
 def test_kills_of_save(tmp_path, one_thread):

@@ -1,13 +1,13 @@
 """The layer as a function: forward and every gradient against dense ΔW in fp64, for all bases, plans and dtypes."""
 import itertools
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, assert_close_to_truth, assert_no_worse_than, dense_linear, random_layer
+from threads import num_threads
 
 from abba_ext import abba_linear, abba_update, functional, kernel_plan, ops, reference
 
@@ -158,16 +158,6 @@ def test_dense_plan_over_blocks_and_ragged_tiles(sizes, dtype):
     check_layer(random_layer(*sizes, 16, 17, dtype), plan="dense")
 
 
-@contextmanager
-def num_threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("threads, sizes", [(1, (2500, 70, 90)), (8, (1100, 130, 150)), (5, (2100, 200, 40)),
                                             (7, (300, 700, 450))], ids=str)
 def test_dense_plan_divided_among_threads(threads, sizes):
@@ -273,7 +263,7 @@ def test_compile_without_graph_breaks(dynamic, plan):
 def test_plan_follows_cost_processor_and_dtype(monkeypatch):
     monkeypatch.setattr(functional, "_IS_X86", True)
     assert kernel_plan(1024, 2048, 2048, 16, 16).plan == "khatri_rao"
-    assert kernel_plan(1, 768, 768, 16, 16).plan == "khatri_rao"
+    assert kernel_plan(4, 768, 768, 16, 16).plan == "khatri_rao"
     assert kernel_plan(512, 768, 768, 16, 16).plan == "dense"
     monkeypatch.setattr(functional, "_IS_X86", False)
     assert kernel_plan(512, 768, 768, 16, 16)[::2] == ("khatri_rao", "not an x86 processor")

@@ -5,6 +5,7 @@ import multiprocessing
 import pytest
 import torch
 from oracle import assert_close_to_truth, dense_linear
+from threads import num_threads
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -169,12 +170,8 @@ def test_merged_model_is_exported():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_thread_counts(threads):
     model, x = make(), torch.randn(300, 24)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with num_threads(threads):
         y = model[0](x)
-    finally:
-        torch.set_num_threads(before)
     layer = model[0]
     truth = dense_linear(x, layer.weight.detach(), layer.bias.detach(), *(getattr(layer, name).detach() for name in FACTORS),
                          layer.abba_scale)

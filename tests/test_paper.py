@@ -298,7 +298,8 @@ def test_matrices_are_what_their_names_say():
     assert update.shape == before.shape == (32, 32) and 0 < update.norm() < before.norm()
 
 
-def test_adapters_have_equally_many_parameters_and_start_at_the_base():
+def test_adapters_have_equally_many_parameters_and_start_at_the_base(monkeypatch):
+    monkeypatch.setattr(abba_ext.functional, "_IS_X86", False)  # the khatri_rao plan adds to torch's own product: the same bits
     task = toy.Task(toy.digits(), base_steps=10, steps=1, device="cpu")
     x = task.new[0][:5]
     counts = set()
@@ -306,7 +307,7 @@ def test_adapters_have_equally_many_parameters_and_start_at_the_base():
         model = task.base(0)
         want = model(x)
         method.attach(model, 2.0, 0)
-        torch.testing.assert_close(model(x), want)
+        assert torch.equal(model(x), want)
         counts.add(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
     assert counts == {toy.RANK * (64 + toy.HIDDEN + toy.HIDDEN + 10)}
 
