@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .bases import ParameterBase
-from .checkpoint import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from .formats.adapter import PEFT_CONFIG_NAME
 from .patching import base_name
 
 CONFIG_NAME = "config.json"
@@ -40,6 +40,7 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
+        """Its size in the file."""
         return self.stop - self.start
 
     @property
@@ -69,8 +70,8 @@ class BaseCheckpoint:
     def __init__(self, base: str | os.PathLike):
         self.folder = _find_folder(base)
         self._description = _read_json(self.folder / CONFIG_NAME)
-        if (self.folder / ADAPTER_CONFIG_NAME).exists():
-            raise ValueError(f"{self.folder} holds an {ADAPTER_CONFIG_NAME}, so from_pretrained would load an adapter with it")
+        if (self.folder / PEFT_CONFIG_NAME).exists():
+            raise ValueError(f"{self.folder} holds an {PEFT_CONFIG_NAME}, so from_pretrained would load an adapter with it")
         quantization = self._description.get("quantization_config")
         if quantization is not None:
             method = quantization.get("quant_method", "of an unknown kind") if isinstance(quantization, dict) else quantization

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import abba_ext
 from abba_ext import AbbaConfig, formats, reference
 from abba_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from abba_ext.formats.adapter import PEFT_CONFIG_NAME
 from abba_ext.formats import Adapter, LayerFactors, convert_adapter, lora_factors, read, write
 from abba_ext.layers import FACTORS
 
@@ -84,7 +85,7 @@ def assert_same(one, other):
 
 
 def config_of(folder):
-    return json.loads((folder / CONFIG_NAME).read_text())
+    return json.loads((folder / PEFT_CONFIG_NAME).read_text())
 
 
 # --- exact LoRA ---
@@ -270,7 +271,7 @@ def authors_folder(folder, layers, suffix=".default", prefix="", **config):
     state = {f"{prefix}{name}.lora_{key}{suffix}": factor for name, value in layers.items()
              for key, factor in zip(("A1", "B1", "A2", "B2"), factors_of(value))}
     torch.save(state, folder / "adapter_model.bin")
-    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    (folder / PEFT_CONFIG_NAME).write_text(json.dumps(config))
     return folder
 
 
@@ -308,7 +309,7 @@ def test_no_code_of_a_pickle_is_run(tmp_path):
     trap = tmp_path / "trap"
     state = {f"q.lora_{key}.default": factor for key, factor in zip(("A1", "B1", "A2", "B2"), factors_of(layer()))}
     torch.save(state | {"evil": Malicious(str(trap))}, tmp_path / "adapter_model.bin")
-    (tmp_path / CONFIG_NAME).write_text('{"alpha1": 1, "alpha2": 1}')
+    (tmp_path / PEFT_CONFIG_NAME).write_text('{"alpha1": 1, "alpha2": 1}')
     with pytest.raises(ValueError, match="adapter_model.bin is damaged.*or holds more than tensors; none of it was run"):
         read(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(Malicious(str(trap))))
@@ -396,14 +397,14 @@ def test_peft_abba_folder(tmp_path):
     save_file({f"base_model.model.{name}.{key}": factor for name, value in layers.items()
                for key, factor in zip(FACTORS, factors_of(value))}, tmp_path / WEIGHTS_NAME)
     fields = {key: config.to_dict()[key] for key in ("r", "r1", "r2", "alpha", "scaling", "rank_pattern", "alpha_pattern")}
-    (tmp_path / CONFIG_NAME).write_text(json.dumps({"peft_type": "ABBA", "base_model_name_or_path": "org/m"} | fields))
+    (tmp_path / PEFT_CONFIG_NAME).write_text(json.dumps({"peft_type": "ABBA", "base_model_name_or_path": "org/m"} | fields))
     adapter = read(tmp_path)
     assert (adapter.source, adapter.base_model) == ("peft", "org/m")
     assert_same(adapter, Adapter(layers))
     write(adapter, tmp_path / "again", "peft")
     assert_same(read(tmp_path / "again"), adapter)
     fields["rank_pattern"] = {}
-    (tmp_path / CONFIG_NAME).write_text(json.dumps({"peft_type": "ABBA"} | fields))
+    (tmp_path / PEFT_CONFIG_NAME).write_text(json.dumps({"peft_type": "ABBA"} | fields))
     with pytest.raises(ValueError, match=r"mlp.up_proj' has factors of ranks \(1, 4\), and \(3, 2\) by its config"):
         read(tmp_path)
 
@@ -466,7 +467,7 @@ def test_own_config_is_kept(tmp_path):
     saved("llama", tmp_path / "abba")
     convert_adapter(tmp_path / "abba", tmp_path / "again", "abba")
     assert read(tmp_path / "again").config == read(tmp_path / "abba").config
-    assert config_of(tmp_path / "again") == config_of(tmp_path / "abba")
+    assert (tmp_path / "again" / CONFIG_NAME).read_text() == (tmp_path / "abba" / CONFIG_NAME).read_text()
 
 
 # --- refusals ---
@@ -514,7 +515,7 @@ def test_damaged_adapters_are_refused(change, message, tmp_path):
     state, config = good_peft()
     change(state, config)
     save_file(state, tmp_path / WEIGHTS_NAME)
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
+    (tmp_path / PEFT_CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(ValueError, match="adapter_model.safetensors: .*" + message):
         read(tmp_path)
 
@@ -522,11 +523,11 @@ def test_damaged_adapters_are_refused(change, message, tmp_path):
 def test_the_undamaged_adapter_is_read(tmp_path):
     state, config = good_peft()
     save_file(state, tmp_path / WEIGHTS_NAME)
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
+    (tmp_path / PEFT_CONFIG_NAME).write_text(json.dumps(config))
     assert_same(read(tmp_path), Adapter({"a.q": layer(scale=1.0)}))
     with pytest.raises(ValueError, match="scaling must be left out for format 'peft'"):
         read(tmp_path, scaling=2.0)
-    (tmp_path / CONFIG_NAME).write_text('{"r": 2, "alpha": 1}')
+    (tmp_path / PEFT_CONFIG_NAME).write_text('{"r": 2, "alpha": 1}')
     with pytest.raises(ValueError, match="there is no layer with keys hada_w1_b.*, but 'base_model.model.a.q.abba_A1'"):
         read(tmp_path, format="loha")
 
@@ -545,7 +546,7 @@ def test_damaged_loha_is_refused(change, message, tmp_path):
     write(Adapter({"a.q": layer(r1=2, r2=2)}), tmp_path / "loha", "loha")
     config = config_of(tmp_path / "loha")
     change(config)
-    (tmp_path / "loha" / CONFIG_NAME).write_text(json.dumps(config))
+    (tmp_path / "loha" / PEFT_CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "loha")
 
@@ -559,8 +560,8 @@ def test_damaged_loha_is_refused(change, message, tmp_path):
 ])
 def test_damaged_configs_are_refused(content, message, tmp_path):
     save_file(good_peft()[0], tmp_path / WEIGHTS_NAME)
-    (tmp_path / CONFIG_NAME).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / CONFIG_NAME)) + ".*" + message):
+    (tmp_path / PEFT_CONFIG_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / PEFT_CONFIG_NAME)) + ".*" + message):
         read(tmp_path)
 
 
@@ -636,8 +637,9 @@ def test_nothing_is_overwritten_or_half_written(to, tmp_path, monkeypatch):
     adapter = Adapter({"q": layer()})
     (tmp_path / "empty").mkdir()
     write(adapter, tmp_path / "empty", to)
-    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
-    assert (tmp_path / "empty" / WEIGHTS_NAME).stat().st_mode & 0o777 == (tmp_path / "empty" / CONFIG_NAME).stat().st_mode & 0o777
+    config_name = CONFIG_NAME if to == "abba" else PEFT_CONFIG_NAME
+    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == [config_name, WEIGHTS_NAME]
+    assert (tmp_path / "empty" / WEIGHTS_NAME).stat().st_mode & 0o777 == (tmp_path / "empty" / config_name).stat().st_mode & 0o777
     before = (tmp_path / "empty" / WEIGHTS_NAME).read_bytes()
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

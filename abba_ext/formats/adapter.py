@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import DTYPES, AbbaConfig
 
 PEFT_PREFIX = "base_model.model."
+PEFT_CONFIG_NAME = "adapter_config.json"
 LOHA_FACTORS = ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a")  # LoHa's names of A1, B1, A2, B2
 MAX_RANK = 4096  # of a pair; more is no low-rank adapter
 

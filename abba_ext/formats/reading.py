@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import features, is_linear, refusal
-from ..checkpoint import CONFIG_NAME, FORMAT, WEIGHTS_NAME, read_adapter
+from ..checkpoint import FORMAT, WEIGHTS_NAME, read_adapter
 from ..config import AbbaConfig
 from ..layers import FACTORS, AbbaLayer
 from ..patching import find_layer
-from .adapter import LOHA_FACTORS, PEFT_PREFIX, Adapter, LayerFactors
+from .adapter import LOHA_FACTORS, PEFT_CONFIG_NAME, PEFT_PREFIX, Adapter, LayerFactors
 
 READ_FORMATS = ("abba", "peft", "loha", "authors", "lycoris")
 PICKLE_NAME = "adapter_model.bin"
@@ -63,7 +63,7 @@ def read(source: str | os.PathLike, *, format: str = "auto", scaling: str | floa
         description, state = _read_own(weights)
     else:
         state = _load_pickle(weights, max_bytes) if weights.endswith(".bin") else _load_safetensors(weights)
-        config = _load_config(os.path.join(os.path.dirname(weights), CONFIG_NAME))
+        config = _load_config(os.path.join(os.path.dirname(weights), PEFT_CONFIG_NAME))
     try:
         if format != "abba" and any(_PLAIN_LORA.search(key) for key in state):
             raise ValueError("a plain LoRA is no ABBA adapter; PEFT loads it")
@@ -224,7 +224,7 @@ def _from_authors(state: dict[str, Tensor], config: dict[str, Any], scaling: str
     if scaling is None:
         alphas = [config.get("alpha1"), config.get("alpha2")]
         if not all(isinstance(alpha, (int, float)) and alpha >= 0 for alpha in alphas):
-            raise ValueError(f"s = √alpha1·√alpha2 needs two numbers in {CONFIG_NAME}, got alpha1={alphas[0]!r}, "
+            raise ValueError(f"s = √alpha1·√alpha2 needs two numbers in {PEFT_CONFIG_NAME}, got alpha1={alphas[0]!r}, "
                              f"alpha2={alphas[1]!r}; give s itself as scaling=")
         scaling = math.sqrt(alphas[0]) * math.sqrt(alphas[1])
     found, rest = _sorted_keys(state, _LEAVES["authors"])
@@ -353,7 +353,7 @@ def _by_pattern(config: dict[str, Any], key: str, name: str, default):
 def _require(config: dict[str, Any], *keys: str) -> None:
     missing = [key for key in keys if config.get(key) is None]
     if missing:
-        raise ValueError(f"{CONFIG_NAME} lacks {', '.join(missing)}")
+        raise ValueError(f"{PEFT_CONFIG_NAME} lacks {', '.join(missing)}")
 
 
 def _refuse_unknown(keys: Iterable[str]) -> None:

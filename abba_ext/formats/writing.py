@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad as zero_pad
 
-from ..checkpoint import CONFIG_NAME, FORMAT, FORMAT_VERSION, WEIGHTS_NAME, replace_file, write_adapter
+from ..checkpoint import FORMAT, FORMAT_VERSION, WEIGHTS_NAME, replace_file, write_adapter
 from ..config import DTYPES
 from ..layers import FACTORS
 from ..reference import khatri_rao, truncated_product
-from .adapter import LOHA_FACTORS, PEFT_PREFIX, Adapter, LayerFactors, as_pattern, config_of
+from .adapter import LOHA_FACTORS, PEFT_CONFIG_NAME, PEFT_PREFIX, Adapter, LayerFactors, as_pattern, config_of
 
 WRITE_FORMATS = ("abba", "peft", "loha", "lora")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
@@ -123,7 +123,7 @@ def _write_peft(adapter: Adapter, folder: str, dtype: torch.dtype | None, task_t
         with open(path, "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2)
 
-    replace_file(os.path.join(folder, CONFIG_NAME), write_config)
+    replace_file(os.path.join(folder, PEFT_CONFIG_NAME), write_config)
     _save(state, folder)
     return {"layers": {name: {"r1": layer.ranks[0], "r2": layer.ranks[1], "scale": layer.scale}
                        for name, layer in adapter.layers.items()}}

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 import abba_ext
-from abba_ext.checkpoint import CONFIG_NAME, WEIGHTS_NAME, replace_file
+from abba_ext.checkpoint import WEIGHTS_NAME, replace_file
+from abba_ext.formats.adapter import PEFT_CONFIG_NAME
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,8 +57,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     model.generation_config = GenerationConfig()  # without what the model's own says about sampling
     if args.adapter is None:
         return model.eval()
-    description = json.loads((args.adapter / CONFIG_NAME).read_text(encoding="utf-8"))
-    if "peft_type" in description:
+    if (args.adapter / PEFT_CONFIG_NAME).exists():
         import peft
 
         model = peft.PeftModel.from_pretrained(model, args.adapter)
