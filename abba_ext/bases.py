@@ -33,10 +33,12 @@ class ParameterBase(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
+        """The parameter itself, as the owner holds it."""
         return self.owner._parameters[self.parameter]
 
     @property
     def bias(self) -> None:
+        """A parameter has none."""
         return None
 
     @property
@@ -169,6 +171,9 @@ def refusal(module: nn.Module) -> str | None:
         return "is an Embedding with max_norm or scale_grad_by_freq, which have no meaning for a frozen weight"
     if isinstance(module, ParameterBase) and module.weight.dim() not in (2, 3):
         return f"is a parameter of shape {list(module.weight.shape)}; [m, n] and [experts, m, n] can be adapted"
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
+        return "is offloaded by accelerate, which would not bring its factors along; keep its weight on a device"
     split = sharding.is_dtensor(getattr(module, "weight", None))
     if split and (reason := tensor_parallel.refusal(module)):
         return reason

@@ -1,7 +1,7 @@
 """Saving and loading adapters: one safetensors file that holds the factors and says how to use them.
 
 `adapter_model.safetensors` is the adapter; its metadata carries the same JSON that is written beside it as
-`adapter_config.json` for people and tools. Loading reads the safetensors file alone, so replacing that one file
+`abba_config.json` for people and tools. Loading reads the safetensors file alone, so replacing that one file
 atomically is enough for an adapter on disk to be the old one or the new one, never a mixture.
 """
 import hashlib
@@ -10,6 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from .bases import features, is_linear, refusal, stack_shape, weight_device
 from .config import AbbaConfig
 from .layers import FACTORS, AbbaLayer
-from .patching import _STATE, abba_layers, apply_patch, find_layer, is_patched, named_parameters, patch_of
-from .sharding import check_unwrapped, copy_full, full_shape, full_tensor, is_sharded, reshard
+from .patching import _STATE, abba_layers, apply_patch, check_patchable, find_layer, is_patched, named_parameters, patch_of
+from .sharding import copy_full, full_shape, full_tensor, is_sharded, reshard
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = "abba_config.json"  # not PEFT's name: transformers takes a folder that holds that for an adapter of PEFT
 FORMAT = "abba_ext"
 FORMAT_VERSION = 1
 CHECKSUM = "sha256"
@@ -65,6 +66,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     state = {name: tensor.to("cpu", copy=True).contiguous()  # FSDP1 resizes its storages; those lent to numpy cannot be
              for name, tensor in adapter_state_dict(model).items()}
     patch = patch_of(model)
+    _warn_of_losses(model, state)
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -79,6 +81,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     if torch.distributed.get_rank() == 0:
         write_adapter(directory, state, description)
     torch.distributed.barrier()
+
+
+def _warn_of_losses(model: nn.Module, state: dict[str, Tensor]) -> None:
+    unsaved = [name for name, parameter in named_parameters(model) if parameter.requires_grad and name not in state]
+    if unsaved:
+        warnings.warn(f"{len(unsaved)} trainable parameters are no part of the adapter and are not saved with it: {unsaved[0]!r}, "
+                      "...; name their modules in modules_to_save", stacklevel=3)
+    resting = [name for name in abba_layers(model) if not state[f"{name}.abba_B2"].any()]
+    if 0 < len(resting) < len(abba_layers(model)):
+        warnings.warn(f"ΔW of {len(resting)} layers is still 0: {resting[0]!r}, ... took no part in training; a module that reads "
+                      "the weight of a layer without calling it bypasses the adapter", stacklevel=3)
 
 
 def _describe(layer: AbbaLayer) -> dict[str, Any]:
@@ -114,8 +127,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Loads an adapter that :func:`save_adapter` wrote, in place, and returns the model.
 
     An unpatched model is patched with the layers, ranks and scales of the file; a patched one must have the same layers and
-    ranks, and takes the file's values and scales. Outputs are bit-equal to those of the model that was saved. Of a sharded
-    model every rank must call this, and keeps its part.
+    ranks, and takes the file's values, scales and config, but keeps its own dropout, plan, recompute_u and adapter_dtype.
+    Outputs are bit-equal to those of the model that was saved, if the factors have the file's dtype. The factors are left
+    trainable. Of a sharded model every rank must call this, and keeps its part.
 
     Raises:
         FileNotFoundError: There is no adapter in the folder.
@@ -125,16 +139,21 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     description, state = read_adapter(directory)
     config = AbbaConfig.from_dict(description["config"])
     layers, trained = description["layers"], description["trained_base_parameters"]
+    if not is_patched(model):
+        check_patchable(model)
     _check_state(model, layers, trained, state)
     name, base_name = _base_model_name(model), description["base_model_name_or_path"]
     if name and base_name and os.path.basename(name.rstrip("/")) != os.path.basename(base_name.rstrip("/")):
         warnings.warn(f"the adapter was trained on {base_name!r} and is loaded into {name!r}", stacklevel=2)
     if not is_patched(model):
-        check_unwrapped(model)
         targets = {layer: find_layer(model, layer) for layer in layers}
         factors = {layer: {key: state[f"{layer}.{key}"].to(weight_device(target)) for key in FACTORS}
                    for layer, target in targets.items()}
         apply_patch(model, config, targets, factors, {layer: entry["scale"] for layer, entry in layers.items()}, trained)
+    else:
+        patch = patch_of(model)
+        kept = {name: getattr(patch.config, name) for name in ("dropout", "plan", "recompute_u", "adapter_dtype")}
+        patch.config = replace(config, **kept)
     reshard(model)
     parameters = dict(named_parameters(model))
     for key, tensor in state.items():
@@ -217,6 +236,9 @@ def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], 
         reason = refusal(module) if name not in patched else None
         if reason:
             problems.append(f"{name!r} {reason}")
+            continue
+        if weight_device(module).type == "meta":
+            problems.append(f"the weight of {name!r} has no values: it is on the meta device; load the weights first")
             continue
         (n, m), r1, r2 = features(module), entry["r1"], entry["r2"]
         ranks = module.abba_ranks if name in patched else (r1, r2)

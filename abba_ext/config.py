@@ -105,6 +105,8 @@ class AbbaConfig:
         _check_choice("adapter_dtype", self.adapter_dtype, DTYPES)
         _check_choice("plan", self.plan, PLANS)
         _check_number("alpha", self.alpha)
+        if not isinstance(self.recompute_u, bool):
+            raise TypeError(f"recompute_u must be a bool, got {type(self.recompute_u).__name__} {self.recompute_u!r}")
         if isinstance(self.scaling, str):
             _check_choice("scaling", self.scaling, SCALINGS, "or a number")
         else:
@@ -125,6 +127,9 @@ class AbbaConfig:
         if self.layers_to_transform is not None:
             for index in self.layers_to_transform:
                 _check_int("layers_to_transform", index, 0)
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name} must map names to values, got {getattr(self, name)!r}")
         for pattern, rank in self.rank_pattern.items():
             _check_regex("rank_pattern", pattern)
             _split_rank(f"rank_pattern[{pattern!r}]", rank)
@@ -215,7 +220,7 @@ def _check_choice(name: str, value, choices: tuple[str, ...], otherwise: str = "
 def _check_strings(name: str, value):
     if value is None:
         return
-    if isinstance(value, (str, bytes)) or not all(isinstance(item, str) for item in value):
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or not all(isinstance(item, str) for item in value):
         raise TypeError(f"{name} must be a list of strings, got {value!r}")
 
 

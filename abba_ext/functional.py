@@ -133,8 +133,8 @@ def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: 
         plan: See :func:`kernel_plan`.
 
     Returns:
-        y [..., m] in x's dtype. Under autocast x, weight and bias are cast to the autocast dtype first, as in
-        torch.nn.functional.linear.
+        y [..., m] in x's dtype. Under autocast x, weight and bias are cast to the autocast dtype first (a float64 x is not),
+        as in torch.nn.functional.linear.
 
     Raises:
         TypeError: scale is not a number, or a tensor argument is none.
@@ -145,7 +145,7 @@ def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: 
     _check_tensors(x=x, weight=weight, a1=a1, b1=b1, a2=a2, b2=b2)
     if bias is not None:
         _check_tensors(bias=bias)
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _check_factors(x, a1, b1, a2, b2, scale)
     _check_base(x, weight, bias, b1)
@@ -331,6 +331,10 @@ def _check_tensors(**arguments):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
 def _check_base(x, weight, bias, b1):
     n, m = x.size(-1), b1.size(0)
     if weight.shape != (m, n):
@@ -339,7 +343,7 @@ def _check_base(x, weight, bias, b1):
     if bias is not None and bias.shape != (m,):
         raise ValueError(f"bias must be [m] = [{m}], got {list(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        fits = tensor is None or tensor.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        fits = tensor is None or tensor.dtype == x.dtype or _is_autocast(x)
         if not fits or tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must have x's dtype and device ({x.dtype}, {x.device}), "
                              f"got {tensor.dtype}, {tensor.device}")

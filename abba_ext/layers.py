@@ -74,6 +74,9 @@ class AbbaLayer:
         """Raises TypeError if the weight cannot take ΔW; see :meth:`merged_weight`."""
         if sharding.is_sharded(getattr(self, "weight", None)):
             raise TypeError("cannot merge into a weight that is sharded: save the adapter and merge it in one process")
+        if not isinstance(getattr(self, "weight", None), nn.Parameter) and bases.has_plain_weight(self):
+            raise TypeError("cannot merge into a weight that is computed from other parameters, as by weight_norm; remove the "
+                            "parametrization before adapting the layer")
         if not bases.has_plain_weight(self):
             raise TypeError(f"cannot merge into a weight that is {bases.described_weight(self)}: only plain floating-point "
                             "weights can take ΔW")
@@ -124,7 +127,13 @@ class AbbaLayer:
         self.abba_base_copy = None
         self.abba_merged = False
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if all(prefix + key in state_dict for key in FACTORS):
+            self.abba_initialized = not self.abba_A1.is_meta
+
     def extra_repr(self) -> str:
+        """The base layer's line, with ranks and scale."""
         r1, r2 = self.abba_ranks
         return f"{super().extra_repr()}, r1={r1}, r2={r2}, scale={self.abba_scale:g}".lstrip(", ")
 
@@ -285,10 +294,11 @@ def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[
     r1, r2 = config.ranks(name)
     device, dtype = bases.weight_device(module), getattr(torch, config.adapter_dtype)
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}:{name}".encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    fp32 = {"device": "cpu", "dtype": torch.float32}  # whatever the default device and dtype are
 
     def kaiming(rows, columns):
-        return nn.init.kaiming_uniform_(torch.empty(math.prod(stack) * rows, columns), a=5**0.5,
+        return nn.init.kaiming_uniform_(torch.empty(math.prod(stack) * rows, columns, **fp32), a=5**0.5,
                                         generator=generator).view(*stack, rows, columns)
 
     a2, a1, b1 = kaiming(r2, n), kaiming(r1, n), kaiming(m, r1)
@@ -299,10 +309,10 @@ def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[
             raise ValueError(f"init 'svd' of {name!r}: {error}; or use init='random'") from None
         u, sigma, v = _truncated_svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), min(r1, m, n), seed)
         root = sigma.sqrt()[..., None, :]
-        b1 = torch.zeros(*stack, m, r1)
+        b1 = torch.zeros(*stack, m, r1, **fp32)
         b1[..., : root.size(-1)] = u * root
         a1[..., : root.size(-1), :] = (v * root).mT
-    factors = {"abba_A1": a1, "abba_B1": b1, "abba_A2": a2, "abba_B2": torch.zeros(*stack, m, r2)}
+    factors = {"abba_A1": a1, "abba_B1": b1, "abba_A2": a2, "abba_B2": torch.zeros(*stack, m, r2, **fp32)}
     return {key: factor.to(device=device, dtype=dtype) for key, factor in factors.items()}
 
 
@@ -311,7 +321,11 @@ def _truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
     if not torch.isfinite(matrix).all():
         raise ValueError("init 'svd' needs a finite weight, got NaN or infinity in it")
     width = min(rank + 16, *matrix.shape[-2:])  # oversampling makes the randomised range finder near-optimal
-    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(seed)
+    matrix = matrix if matrix.is_cuda else matrix.cpu()
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []), torch.device(matrix.device):
+        if matrix.is_cuda:  # torch.manual_seed would seed all devices, and only the forked ones are restored
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
         u, sigma, v = torch.svd_lowrank(matrix, q=width, niter=2)
     return u[..., :rank].cpu(), sigma[..., :rank].cpu(), v[..., :rank].cpu()

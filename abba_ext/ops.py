@@ -149,6 +149,26 @@ def _(df1, df2, x, v, f1, f2, s):
         out.copy_(grad)
 
 
+# --- the same for devices that have no kernels ---
+
+
+@torch.library.impl("abba::project", ("mps", "xpu"))
+def _(x, f1, f2):
+    return reference.project(x, f1, f2)
+
+
+@torch.library.impl("abba::expand_", ("mps", "xpu"))
+def _(y, u, f1, f2, s):
+    torch.ops.abba.expand_composite(y, u, f1, f2, s)
+
+
+@torch.library.impl("abba::factor_grad", ("mps", "xpu"))
+def _(x, v, f1, f2, s):
+    df1, df2 = _like_factor(f1), _like_factor(f2)
+    torch.ops.abba.factor_grad_composite(df1, df2, x, v, f1, f2, s)
+    return df1, df2
+
+
 # --- derivatives: the set is closed under differentiation ---
 
 

@@ -3,20 +3,37 @@ import contextlib
 import difflib
 import math
 import re
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .bases import ParameterBase, is_linear, refusal, weight_device
+from .bases import ParameterBase, features, is_linear, refusal, weight_device
 from .config import AbbaConfig, has_suffix, matches
-from .layers import ADAPTED_PARAMETER, AbbaLayer, AbbaParameter, attach, detach, init_factors
+from .layers import ADAPTED_PARAMETER, FACTORS, AbbaLayer, AbbaParameter, attach, detach, init_factors
 from .sharding import check_unwrapped, copy_full, full_shape, full_tensor, is_sharded, reshard
 
 _STATE = "_abba_patch"
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # of torch.compile, checkpoint_wrapper and FSDP
 _HEAD_MODELS = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
+# Children whose weight a module of transformers reads without calling them, at least on a GPU: an adapter there would not run.
+_SELECTIVE_SCAN = ("conv1d", "out_proj")
+_BYPASSED = {
+    **dict.fromkeys(["MambaMixer", "FalconMambaMixer"], ("x_proj", "dt_proj", *_SELECTIVE_SCAN)),
+    **dict.fromkeys(["Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer",
+                     "Zamba2MambaMixer"], _SELECTIVE_SCAN),
+    "JambaMambaMixer": ("conv1d", "dt_proj"),
+    "ZambaMambaMixer": ("conv1d",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "DisentangledSelfAttention": ("in_proj",),
+    **dict.fromkeys(["DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"], ("k_proj",)),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "LSHSelfAttention": ("query_key", "value"),
+    "LongcatFlashTopkRouter": ("classifier",),
+}
 
 
 @dataclass
@@ -27,6 +44,8 @@ class _Patch:
     requires_grad: dict[str, bool]
     originals: dict[str, Tensor] = field(default_factory=dict)  # base parameters that are trained, before training
     hooks: list = field(default_factory=list)
+    padded: list[nn.Module] = field(default_factory=list)  # encoders that took padded batches apart; see _call_every_layer
+    disabled: bool = False
 
 
 def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: bool = False) -> nn.Module:
@@ -34,6 +53,9 @@ def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: 
 
     y = x W0ᵀ + bias + s·x ((B1 A1) ⊙ (B2 A2))ᵀ in every adapted layer; the model computes what it did before until the
     first training step, because ΔW starts at 0. Names of the base's parameters do not change.
+
+    A tied weight that is trained (``modules_to_save``) is trained for all that share it. A checkpoint of transformers' Trainer
+    holds the factors beside the base; load_state_dict finds them there also under the names of the hub.
 
     Args:
         model: Any torch model: Hugging Face transformers (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, BERT,
@@ -46,15 +68,16 @@ def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: 
 
     Raises:
         TypeError: model or config is of another type.
-        ValueError: The model is patched already; DDP, FSDP or DeepSpeed has its parameters already; nothing matches
-            target_modules (the message lists near misses); a target cannot be adapted. The model is left unchanged.
+        ValueError: The model is patched already, or holds adapters of PEFT; DDP, FSDP or DeepSpeed has its parameters already;
+            nothing matches target_modules (the message lists near misses); a target cannot be adapted. The model is left
+            unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = AbbaConfig() if config is None else config
     if not isinstance(config, AbbaConfig):
         raise TypeError(f"config must be an AbbaConfig, got {type(config).__name__}")
-    check_unwrapped(model)
+    check_patchable(model)
     if is_patched(model):
         raise ValueError("model already has ABBA layers; call abba_ext.unpatch_model(model) first")
     targets = find_targets(model, config)
@@ -67,6 +90,16 @@ def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: 
     return model
 
 
+def check_patchable(model: nn.Module) -> None:
+    """Raises ValueError if the model is wrapped for several processes already, or holds adapters of PEFT."""
+    check_unwrapped(model)
+    tuners_utils = sys.modules.get("peft.tuners.tuners_utils")
+    for name, module in named_modules(model):
+        if tuners_utils is not None and isinstance(module, tuners_utils.BaseTunerLayer):
+            raise ValueError(f"model holds an adapter of PEFT ({name!r} is a {type(module).__name__}); give it ABBA with "
+                             "peft.get_peft_model and abba_ext.peft.AbbaPeftConfig, or merge and unload that adapter first")
+
+
 def apply_patch(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Module], factors: dict[str, dict[str, Tensor]],
                 scales: dict[str, float], trained: Sequence[str]) -> None:
     """Attaches given factors to the target layers, freezes the base except the named parameters, and records how to undo it."""
@@ -77,7 +110,8 @@ def apply_patch(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Modu
         parameter.requires_grad_(name in patch.originals)
     for name, module in targets.items():
         attach(module, config, name, factors[name], scales[name])
-    patch.hooks = _checkpointing_hooks(model)
+    patch.hooks = [*_checkpointing_hooks(model), model.register_load_state_dict_pre_hook(_find_factors)]
+    _call_every_layer(model, patch)
     setattr(model, _STATE, patch)
 
 
@@ -110,10 +144,12 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: The model is not patched.
-        RuntimeError: A layer was merged without a copy of its base weight; see :meth:`AbbaLayer.unmerge`.
+        RuntimeError: A layer was merged without a copy of its base weight, see :meth:`AbbaLayer.unmerge`; a trained parameter
+            has another shape than before. The model is left unchanged.
     """
     patch = patch_of(model)
     layers = abba_layers(model)
+    _check_originals(model, patch)
     for name, layer in layers.items():
         if layer.abba_merged and layer.abba_base_copy is None:
             raise RuntimeError(f"cannot unpatch: {name!r} was merged with keep_base=False, so its base weight is gone")
@@ -141,7 +177,7 @@ def merge_and_unload(model: nn.Module, *, safe: bool = False) -> nn.Module:
     Raises:
         ValueError: The model is not patched; a weight is tied to another module, which merging would change too; or safe
             and a merged weight is not finite. The model is left unchanged.
-        TypeError: A quantised weight cannot be merged into.
+        TypeError: A weight that is quantised, or computed from other parameters, cannot be merged into.
     """
     patch = patch_of(model)
     merge(model, safe=safe, keep_base=False)
@@ -184,9 +220,13 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: The model is not patched.
-        RuntimeError: A layer was merged without a copy of its base weight.
+        RuntimeError: A layer was merged without a copy of its base weight; a trained parameter has another shape than before.
     """
     patch = patch_of(model)
+    if patch.disabled:
+        yield model
+        return
+    _check_originals(model, patch)
     layers = abba_layers(model)
     merged = [layer for layer in layers.values() if layer.abba_merged]
     if any(layer.abba_base_copy is None for layer in merged):
@@ -202,16 +242,18 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
                 copy_full(parameter, original)
             else:
                 patch.originals[name] = parameter.data
-                parameter.data = original.to(parameter.device)
+                parameter.data = original.to(parameter.device, parameter.dtype)
 
     for layer in merged:
         layer.unmerge()
     for layer in layers.values():
         layer.abba_enabled = False
     swap()
+    patch.disabled = True
     try:
         yield model
     finally:
+        patch.disabled = False
         swap()
         for layer, state in enabled.items():
             layer.abba_enabled = state
@@ -220,9 +262,10 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters of a model, tied ones counted once."""
+    """(trainable, all) parameters of a model; tied ones counted once, bitsandbytes' 4-bit ones by what they stand for."""
     parameters = list(model.parameters())
-    sizes = [math.prod(full_shape(parameter)) for parameter in parameters]
+    packed = [getattr(getattr(parameter, "quant_state", None), "shape", None) for parameter in parameters]
+    sizes = [math.prod(shape or full_shape(parameter)) for shape, parameter in zip(packed, parameters, strict=True)]
     return sum(size for size, parameter in zip(sizes, parameters, strict=True) if parameter.requires_grad), sum(sizes)
 
 
@@ -247,9 +290,9 @@ def named_modules(model: nn.Module, **options) -> Iterator[tuple[str, nn.Module]
     return ((_plain_name(name), module) for name, module in model.named_modules(**options))
 
 
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """model.named_parameters() by the names that the parameters have without wrappers around their modules."""
-    return ((_plain_name(name), parameter) for name, parameter in model.named_parameters())
+def named_parameters(model: nn.Module, **options) -> Iterator[tuple[str, nn.Parameter]]:
+    """model.named_parameters(**options) by the names that the parameters have without wrappers around their modules."""
+    return ((_plain_name(name), parameter) for name, parameter in model.named_parameters(**options))
 
 
 def _plain_name(name: str) -> str:
@@ -301,8 +344,12 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
     for name, module in named_modules(model, remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
     modules = {name: module for name, module in named_modules(model) if name}
-    candidates = {name: module for name, module in modules.items() if refusal(module) is None}
+    reasons = {name: _bypassed(name, modules) or refusal(module) for name, module in modules.items()}
+    candidates = {name: modules[name] for name, reason in reasons.items() if reason is None}
     wanted = config.target_modules
+
+    def split(patterns):
+        return [patterns] if isinstance(patterns, str) else [[suffix] for suffix in patterns]
 
     def fits(patterns, name):
         names = aliases[id(modules[name])]
@@ -314,12 +361,12 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
         heads = _head_modules(model, config) + _output_embeddings(model)
         free = [name for name in candidates if is_linear(candidates[name]) and not _is_inside(name, heads)]
         blocks = [name + "." for name, module in named_modules(model) if isinstance(module, nn.ModuleList)]
-        inside = [name for name in free if any(name.startswith(block) for block in blocks)]
+        inside = [name for name in free if any(name.startswith(block) for block in blocks) and min(features(modules[name])) > 1]
         selected = inside if wanted is None and inside else free
     else:
-        for pattern in [wanted] if isinstance(wanted, str) else [[suffix] for suffix in wanted]:
+        for pattern in split(wanted):
             if not any(fits(pattern, name) for name in candidates):
-                misfits = {name: refusal(module) for name, module in modules.items() if fits(pattern, name)}
+                misfits = {name: reasons[name] for name in modules if fits(pattern, name)}
                 raise ValueError(_nothing_matched(pattern if isinstance(pattern, str) else pattern[0], candidates, misfits))
         selected = [name for name in candidates if fits(wanted, name)]
     parameters = _target_parameters(modules, config)
@@ -331,10 +378,17 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
             raise ValueError(f"layers_to_transform {missing}: the targets lie in blocks {sorted(set(indices.values()))}")
         selected = [name for name in selected if indices.get(name) in config.layers_to_transform]
     if config.exclude_modules is not None:
+        for pattern in split(config.exclude_modules):
+            if not any(fits(pattern, name) for name in modules):
+                raise ValueError(f"exclude_modules: {pattern if isinstance(pattern, str) else pattern[0]!r} matches no module")
         selected = [name for name in selected if name in parameters or not fits(config.exclude_modules, name)]
     if not selected:
+        refused = [f"{name!r} {reason}" for name, reason in reasons.items() if reason and is_linear(modules[name])]
+        if is_linear(model):
+            refused = ["it is one itself; AbbaLinear.from_linear adapts a single layer"]
         raise ValueError(f"no layer is left to adapt: target_modules={wanted!r}, exclude_modules={config.exclude_modules!r}; the "
-                         f"model has {len(candidates)} layers that can be adapted ({_leaf_names(candidates)})")
+                         f"model has {len(candidates)} layers that can be adapted ({_leaf_names(candidates)})" +
+                         (f"; {refused[0]}" if refused else ""))
     targets = {name: parameters.get(name) or candidates[name] for name in selected}
     for kind in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, kind):
@@ -362,6 +416,13 @@ def _target_parameters(modules: dict[str, nn.Module], config: AbbaConfig) -> dic
     return found
 
 
+def _bypassed(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Why an adapter on this layer would not run, or None."""
+    owner, _, leaf = name.rpartition(".")
+    kind = type(modules.get(owner)).__name__
+    return f"is computed by {kind} itself, which reads its weight without calling it" if leaf in _BYPASSED.get(kind, ()) else None
+
+
 def _is_inside(name: str, owners: list[str]) -> bool:
     return any(name == owner or name.startswith(owner + ".") for owner in owners)
 
@@ -376,6 +437,8 @@ def _nothing_matched(pattern: str, candidates: dict[str, nn.Module], misfits: di
     if misfits:
         name, reason = next(iter(misfits.items()))
         message += f" ({name!r} {reason})"
+    if any(pattern == name.rpartition(".")[2] for name in candidates):
+        message += f"; a string is a regular expression for the full name: give a list, [{pattern!r}]"
     near = [match for pool in ({name.rsplit(".", 1)[-1] for name in candidates}, candidates)
             for match in difflib.get_close_matches(pattern, list(pool), n=3)]
     if near:
@@ -407,28 +470,53 @@ def _head_modules(model: nn.Module, config: AbbaConfig) -> list[str]:
 
 
 def _trained_base_parameters(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Module]) -> list[str]:
+    """Names of the parameters beside the factors that are trained; a tied one by its first name."""
     heads = _head_modules(model, config)
     inside = [name for name in targets if _is_inside(name, heads)]
     if inside:
         raise ValueError(f"modules_to_save: {inside[0]!r} cannot be both adapted and trained in full")
-    trained = []
-    for name, parameter in named_parameters(model):
+    first = {id(parameter): name for name, parameter in named_parameters(model)}
+    trained, empty = {}, set(heads)
+    for name, parameter in named_parameters(model, remove_duplicate=False):
         owner, _, key = name.rpartition(".")
+        around = [head for head in heads if _is_inside(owner, [head])]
         is_bias = key == "bias" and (config.bias == "all" or config.bias == "abba_only" and owner in targets)
-        if (_is_inside(owner, heads) or is_bias) and parameter.is_floating_point():
-            trained.append(name)
-    return trained
+        if (around or is_bias) and parameter.is_floating_point():
+            trained[first[id(parameter)]] = True
+            empty.difference_update(around)
+    if empty:
+        raise ValueError(f"modules_to_save: {min(empty)!r} holds no floating-point parameter to train")
+    return list(trained)
+
+
+def _check_originals(model: nn.Module, patch: _Patch) -> None:
+    for name, original in patch.originals.items():
+        shape = full_shape(model.get_parameter(name))
+        if len(shape) == original.dim() and tuple(shape) != tuple(original.shape):
+            raise RuntimeError(f"{name!r} was {list(original.shape)} when the model was patched and is {list(shape)} now, so its "
+                               "base cannot be brought back; resize embeddings before patch_model")
+
+
+class _RequireGrad:
+    """A forward hook of embeddings for reentrant gradient checkpointing, which drops the gradients of a block none of whose
+    inputs requires one; with a frozen embedding that is every block. While a model checkpoints, its embeddings' outputs are
+    made to require gradients.
+
+    Args:
+        checkpointing: The modules that tell by an attribute whether they checkpoint.
+    """
+
+    def __init__(self, checkpointing: list[nn.Module]):
+        self.checkpointing = checkpointing
+
+    def __call__(self, module: nn.Module, inputs, output) -> None:
+        if (torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad
+                and any(part.gradient_checkpointing for part in self.checkpointing)):
+            output.requires_grad_(True)
 
 
 def _checkpointing_hooks(model: nn.Module) -> list:
-    """Reentrant gradient checkpointing drops gradients of a block none of whose inputs requires one; with a frozen
-    embedding that is every block. While a model checkpoints, its embeddings' outputs are made to require gradients."""
-
-    def require_grad(module, inputs, output):
-        checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-        if checkpointing and torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point():
-            output.requires_grad_(True)
-
+    hook = _RequireGrad([part for part in model.modules() if hasattr(part, "gradient_checkpointing")])
     embeddings = {}
     for module in model.modules():
         if hasattr(module, "get_input_embeddings"):
@@ -436,15 +524,52 @@ def _checkpointing_hooks(model: nn.Module) -> list:
                 embedding = module.get_input_embeddings()
                 if isinstance(embedding, nn.Module):
                     embeddings[id(embedding)] = embedding
-    return [embedding.register_forward_hook(require_grad) for embedding in embeddings.values()]
+    return [embedding.register_forward_hook(hook) for embedding in embeddings.values()]
+
+
+def _find_factors(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """A load_state_dict pre-hook that gives factors their own names again. Checkpoints that transformers writes hold the tensors
+    of some models, these among them, by the names of the hub; from_pretrained takes that back, resuming a Trainer does not."""
+    own = [prefix + name for name, _ in model.named_parameters() if name.rpartition(".")[2] in FACTORS]
+    missing = [name for name in own if name not in state_dict]
+    if not missing or not any(key.rpartition(".")[2] in FACTORS for key in state_dict):
+        return
+    core_model_loading = sys.modules.get("transformers.core_model_loading")  # from transformers 5 on
+    if core_model_loading is not None and hasattr(model, "config"):
+        numbered = {name.removeprefix(prefix): torch.tensor(number) for number, name in enumerate(missing)}
+        for stored, number in core_model_loading.revert_weight_conversion(model, numbered).items():
+            if prefix + stored in state_dict:
+                state_dict[missing[int(number)]] = state_dict.pop(prefix + stored)
+    lost = [name for name in missing if name not in state_dict]
+    if lost:
+        warnings.warn(f"{len(lost)} factors of the adapter are not in the state dict and stay as they are: {lost[0]!r}, ...",
+                      stacklevel=2)
+
+
+def _call_every_layer(model: nn.Module, patch: _Patch) -> None:
+    """In eval mode torch's TransformerEncoderLayer reads the weights of its layers without calling them, unless hooks are
+    attached; and TransformerEncoder hands it nested tensors, which it can compute in no other way."""
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and is_patched(module):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                patch.hooks.append(module.register_forward_pre_hook(_do_nothing))
+            elif module.use_nested_tensor:
+                module.use_nested_tensor = False
+                patch.padded.append(module)
+
+
+def _do_nothing(module: nn.Module, inputs) -> None:
+    """A forward pre-hook."""
 
 
 def _release(model: nn.Module, patch: _Patch) -> None:
     for hook in patch.hooks:
         hook.remove()
+    for encoder in patch.padded:
+        encoder.use_nested_tensor = True
     for layer in abba_layers(model).values():
         detach(layer)
     for name, parameter in named_parameters(model):
-        parameter.requires_grad_(patch.requires_grad[name])
+        parameter.requires_grad_(patch.requires_grad.get(name, parameter.requires_grad))  # one may have come since
     delattr(model, _STATE)
 

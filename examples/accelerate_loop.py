@@ -1,6 +1,6 @@
 """A training loop of one's own with accelerate: one device or many, any precision.
 
-    pip install "abba_ext[examples]"
+    pip install ".[examples]"
     accelerate launch examples/accelerate_loop.py --model HuggingFaceTB/SmolLM2-135M --data texts.jsonl --output adapter
 
 Each line of the data is an object with a field "text".

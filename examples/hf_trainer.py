@@ -1,6 +1,6 @@
 """Fine-tunes a causal language model with ABBA and the Hugging Face Trainer; checkpoints resume with --resume.
 
-    pip install "abba_ext[examples]"
+    pip install ".[examples]"
     python examples/hf_trainer.py --model HuggingFaceTB/SmolLM2-135M --data texts.jsonl --output adapter
 
 Each line of the data is an object with a field "text".

@@ -1,6 +1,6 @@
 """Plain PyTorch: an MLP learns the digits 0 to 7, then ABBA teaches it 8 and 9 through 8,784 parameters (paper, Figure 1).
 
-    pip install abba_ext scikit-learn
+    pip install . scikit-learn
     python examples/mlp_digits.py
 """
 import argparse

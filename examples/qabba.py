@@ -1,6 +1,6 @@
 """QABBA: a 4-bit base (bitsandbytes NF4) fine-tuned through ABBA factors in fp32; runs on a CPU too.
 
-    pip install "abba_ext[examples]" bitsandbytes
+    pip install ".[examples]" bitsandbytes
     python examples/qabba.py --model HuggingFaceTB/SmolLM2-135M --data texts.jsonl --output adapter
 
 Each line of the data is an object with a field "text". The factors start from the SVD of the dequantised weights.

@@ -1,6 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer and ABBA as a PEFT method.
 
-    pip install "abba_ext[examples]"
+    pip install ".[examples]"
     python examples/trl_sft.py --model HuggingFaceTB/SmolLM2-135M --data texts.jsonl --output adapter
 
 Each line of the data is an object with a field "text" (or "messages", or "prompt" and "completion": whatever TRL takes).
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> float:
     )
     trainer.model.print_trainable_parameters()
     loss = trainer.train().training_loss
-    trainer.save_model(args.output)  # PeftModel.from_pretrained and AutoModelForCausalLM.from_pretrained load it
+    trainer.save_model(args.output)  # PeftModel and AutoModelForCausalLM load it, once abba_ext.peft is imported
     return loss
 
 

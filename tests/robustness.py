@@ -145,7 +145,8 @@ def section(document: dict) -> str:
         ("Training needs no more memory as it goes on", "steps of a small model",
          f"{part['steps']['steps']:,} steps, {part['steps']['bytes grown'] / 1024:,.0f} KiB"),
         ("Unmerging gives the base back bit for bit", "merge and unmerge in bf16", f"{part['merges']['merges']:,} cycles"),
-        ("Adapters can be exchanged while another thread infers", "two adapters loaded in turn",
+        ("An adapter can be exchanged while another thread infers: an output meanwhile lies between the two",
+         "two adapters of a layer loaded in turn",
          f"{part['swaps']['swaps']:,} exchanges, {part['swaps']['inferences']:,} inferences"),
     ]
     lines = ["| what | how it is tried | figures |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]

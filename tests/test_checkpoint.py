@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import warnings
 
 import architectures
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import abba_ext
 from abba_ext import AbbaConfig
@@ -117,6 +119,37 @@ DAMAGES = {
     "format": (None, lambda d: d.update(format="lora"), "no adapter of abba_ext"),
     "no layers": (None, lambda d: d.pop("layers"), "no adapter of abba_ext.*'layers'"),
 }
+
+
+def test_what_is_not_saved_is_named(tmp_path):
+    model = abba_ext.patch_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)), AbbaConfig(r=4))
+    with warnings.catch_warnings(action="error"):
+        abba_ext.save_adapter(model, tmp_path)
+    model[1].weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="1 trainable parameters are no part of the adapter and are not saved with it: '1.weight'"):
+        abba_ext.save_adapter(model, tmp_path)
+    model[1].weight.requires_grad_(False)
+    model[0].abba_B2.data.fill_(1.0)
+    with pytest.warns(UserWarning, match="ΔW of 1 layers is still 0: '2', ... took no part in training"):
+        abba_ext.save_adapter(model, tmp_path)
+
+
+def test_the_config_is_that_of_the_values(saved, tmp_path):
+    _, folder = saved
+    model = abba_ext.patch_model(tiny(), AbbaConfig(r1=2, r2=3, rank_pattern={"k": 8}, bias="abba_only", alpha=9.0, dropout=0.5))
+    abba_ext.save_adapter(abba_ext.load_adapter(model, folder), tmp_path / "again")
+    (own, _), (file, _) = (abba_ext.checkpoint.read_adapter(path) for path in (tmp_path / "again", folder))
+    assert own["layers"] == file["layers"] and own["config"] == {**file["config"], "dropout": 0.5}
+
+
+def test_the_folder_is_none_of_peft(tmp_path):
+    """transformers would take a folder that holds an adapter_config.json for an adapter of PEFT, and fail."""
+    model = abba_ext.patch_model(architectures.build("llama"), AbbaConfig(r=4))
+    model.save_pretrained(tmp_path)
+    abba_ext.save_adapter(model, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    batch = architectures.inputs("llama")
+    assert torch.equal(abba_ext.load_adapter(plain, tmp_path).eval()(**batch).logits, model.eval()(**batch).logits)
 
 
 @pytest.mark.parametrize("change_state, change_description, message", DAMAGES.values(), ids=DAMAGES)

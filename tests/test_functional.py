@@ -241,6 +241,9 @@ def test_autocast_as_in_linear():
     assert all(t.grad.dtype == torch.float32 for t in args)
     cast = [t.detach().bfloat16() if name in ("x", "weight", "bias") else t.detach() for name, t in zip(NAMES, args)]
     assert torch.equal(y, abba_linear(*cast, SCALE))
+    wide = random_layer(20, 16, 24, 4, 4, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abba_linear(*wide, SCALE).dtype == torch.nn.functional.linear(*wide[:3]).dtype == torch.float64
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -270,6 +273,20 @@ def test_plan_follows_cost_processor_and_dtype(monkeypatch):
     assert kernel_plan(512, 768, 768, 16, 16, plan="dense").plan == "dense"
     assert kernel_plan(512, 768, 768, 16, 16, torch.bfloat16).plan == "khatri_rao"
     assert kernel_plan(512, 768, 768, 16, 16, torch.float32, "cuda")[:2] == ("khatri_rao", "composite")
+
+
+@pytest.mark.parametrize("key", ["MPS", "XPU"])
+def test_devices_without_kernels_run_the_composite(key):
+    """Its operators, called as such a device would call them, on CPU tensors."""
+    assert kernel_plan(512, 768, 768, 16, 16, torch.float32, key.lower())[:2] == ("khatri_rao", "composite")
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    generator = torch.Generator().manual_seed(0)
+    x, v, f1, f2 = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((9, 20), (9, 6), (2, 20), (3, 20)))
+    y = x.clone()
+    torch.testing.assert_close(ops.project.redispatch(keys, x, f1, f2), reference.project(x, f1, f2))
+    ops._expand_.redispatch(keys, y, v, f1, f2, SCALE)
+    torch.testing.assert_close(y, x + reference.expand(v, f1, f2, SCALE))
+    torch.testing.assert_close(ops.factor_grad.redispatch(keys, x, v, f1, f2, SCALE), reference.factor_grad(x, v, f1, f2, SCALE))
 
 
 @pytest.mark.skipif(not ops.build_info()["cuda"], reason="built without CUDA")

@@ -8,6 +8,7 @@ from oracle import assert_close_to_truth, dense_linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import abba_ext
 from abba_ext import AbbaConfig, AbbaLinear
 from abba_ext.layers import FACTORS, init_factors
 
@@ -205,6 +206,38 @@ def test_accelerate_hook_calls_the_adapted_forward():
     torch.testing.assert_close(layer(x), expected)
     remove_hook_from_module(layer)
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_start_does_not_depend_on_defaults():
+    expected = AbbaLinear.from_linear(linear := nn.Linear(24, 16), AbbaConfig(r=8))
+    again = nn.Linear(24, 16)
+    again.load_state_dict(linear.state_dict(), strict=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            AbbaLinear.from_linear(again, AbbaConfig(r=8))
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(getattr(again, key), getattr(expected, key)) for key in FACTORS)
+
+
+def test_start_leaves_every_random_stream_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.get_rng_state()
+    AbbaLinear.from_linear(nn.utils.skip_init(nn.Linear, 24, 16), AbbaConfig(r=8, seed=3))
+    assert torch.equal(torch.get_rng_state(), state) and not seeded
+
+
+@pytest.mark.parametrize("weight_norm", [nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm])
+def test_computed_weight_is_not_merged(weight_norm):
+    model = abba_ext.patch_model(nn.Sequential(weight_norm(nn.Linear(8, 8))), AbbaConfig(r=4, init="random"))
+    model[0].abba_B2.data.normal_()
+    model(torch.randn(2, 8)).sum().backward()
+    with pytest.raises(TypeError, match="cannot merge into a weight that is computed from other parameters, as by weight_norm"):
+        abba_ext.merge_and_unload(model)
+    assert abba_ext.is_patched(model)
 
 
 def test_replaced_forward_is_refused():

@@ -1,5 +1,8 @@
 """patch_model and its relatives: which layers, what is frozen, what comes back."""
 import copy
+import gc
+import io
+import weakref
 
 import architectures
 import pytest
@@ -69,6 +72,9 @@ ERRORS = {
     "regex": ({"target_modules": "query.*"}, "target_modules: 'query.*' matches no layer .* are named embed, q_proj, k_proj, head"),
     "not a layer": ({"target_modules": ["layers"]}, r"\('layers' is a ModuleList; linear layers \(torch.nn.Linear, transformers'"),
     "nothing left": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no layer is left to adapt"),
+    "excluded": ({"exclude_modules": ["heads"]}, "exclude_modules: 'heads' matches no module"),
+    "excluded regex": ({"exclude_modules": r"heads\..*"}, r"exclude_modules: 'heads\\\\..\*' matches no module"),
+    "a suffix for a regex": ({"target_modules": "q_proj"}, r"for the full name: give a list, \['q_proj'\]"),
     "layers": ({"layers_to_transform": [7]}, r"layers_to_transform \[7\]: the targets lie in blocks \[0, 1, 2\]"),
     "rank_pattern": ({"rank_pattern": {"v_proj": 4}}, "rank_pattern: 'v_proj' fits no adapted layer"),
     "alpha_pattern": ({"alpha_pattern": {"v_proj": 4}}, "alpha_pattern: 'v_proj' fits no adapted layer"),
@@ -287,5 +293,192 @@ def test_an_adapter_loads_into_a_model_patched_on_the_meta_device(tmp_path):
     abba_ext.save_adapter(saved, tmp_path)
     with torch.device("meta"):
         model = patch_model(Toy(), AbbaConfig(r=4))
+    with pytest.raises(ValueError, match="the weight of 'layers.0.q_proj' has no values: it is on the meta device"):
+        abba_ext.load_adapter(model, tmp_path)
     model.to_empty(device="cpu").load_state_dict(real.state_dict(), strict=False)
     assert torch.equal(abba_ext.load_adapter(model, tmp_path)(torch.arange(4)), saved(torch.arange(4)))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_state_dict_gives_factors_their_values(assign):
+    source = patch_model(Toy(), AbbaConfig(r=4))
+    with torch.device("meta"):
+        model = patch_model(Toy(), AbbaConfig(r=4))
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(model(IDS), source(IDS))
+
+
+# --- modules that do not call their layers ---
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("target", [{}, {"target_parameters": ["self_attn.in_proj_weight"], "target_modules": []}], ids=["mlp", "attention"])
+def test_torch_encoders_call_their_layers_in_eval_mode(target, padding):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0), 2)
+    x, mask = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padding else None
+
+    def run():
+        with torch.no_grad():
+            return encoder(x, src_key_padding_mask=mask)[:, :3]
+
+    base = run() if not padding else encoder.eval()(x, src_key_padding_mask=mask)[:, :3].detach()
+    patch_model(encoder, AbbaConfig(r=4, **target))
+    for layer in abba_ext.abba_layers(encoder).values():
+        layer.abba_B2.data.normal_(std=0.05)
+    expected = encoder.train()(x, src_key_padding_mask=mask)[:, :3]
+    assert (expected - base).abs().max() > 0.1
+    encoder.eval()
+    torch.testing.assert_close(run(), expected)
+    with abba_ext.disable_adapter(encoder):
+        torch.testing.assert_close(run(), base)
+    abba_ext.merge_and_unload(encoder)
+    torch.testing.assert_close(run(), expected)
+    assert encoder.use_nested_tensor and not any(module._forward_pre_hooks for module in encoder.modules())
+
+
+def test_layers_that_transformers_bypasses():
+    """Every layer that is adapted by default learns; the others are refused by name."""
+    import transformers as tf
+
+    wavlm = tf.WavLMModel(tf.WavLMConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=(16, 16),
+                                         conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=16, layerdrop=0.0,
+                                         num_conv_pos_embedding_groups=2, num_feat_extract_layers=2, apply_spec_augment=False))
+    mamba = tf.MambaForCausalLM(tf.MambaConfig(hidden_size=32, num_hidden_layers=1, state_size=4, vocab_size=64))
+    for model, batch, output, refused in ((wavlm, torch.randn(1, 800), "last_hidden_state", "v_proj"), (mamba, IDS, "logits", "dt_proj")):
+        with pytest.raises(ValueError, match=f"{refused}' is computed by .* itself, which reads its weight without calling it"):
+            patch_model(model, AbbaConfig(target_modules=[refused]))
+        patch_model(model.train(), AbbaConfig(r=4))
+        getattr(model(batch), output).square().sum().backward()
+        assert all(layer.abba_B2.grad.any() for layer in abba_ext.abba_layers(model).values())
+
+
+def test_gates_of_one_output_are_left_out():
+    model = Toy()
+    for block in model.layers:
+        block.gate = nn.Linear(8, 1)
+    assert adapted(model=model) == adapted()
+
+
+# --- what else is in the model ---
+
+
+def test_adapters_of_peft_are_refused(tmp_path):
+    import peft
+
+    model = peft.get_peft_model(Toy(), peft.LoraConfig(target_modules=["q_proj"]))
+    abba_ext.save_adapter(patch_model(Toy()), tmp_path)
+    for call in (patch_model, lambda model: abba_ext.load_adapter(model.base_model.model, tmp_path)):
+        with pytest.raises(ValueError, match=r"adapter of PEFT \('.*q_proj' is a Linear\); give it ABBA with peft.get_peft_model"):
+            call(model)
+    assert not abba_ext.is_patched(model) and model.get_nb_trainable_parameters()[0] > 0
+
+
+def test_offloaded_weights_are_refused():
+    from accelerate import cpu_offload
+
+    model = cpu_offload(architectures.build("llama"), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="0 layers that can be adapted .*q_proj' is offloaded by accelerate"):
+        patch_model(model)
+
+
+def test_a_single_layer_is_pointed_to_its_constructor():
+    with pytest.raises(ValueError, match="it is one itself; AbbaLinear.from_linear adapts a single layer"):
+        patch_model(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("wanted", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_is_trained_by_either_name(wanted, tmp_path):
+    model = patch_model(architectures.build("gemma"), AbbaConfig(modules_to_save=[wanted]))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.requires_grad
+    assert [name for name in abba_ext.adapter_state_dict(model) if "abba_" not in name] == ["model.embed_tokens.weight"]
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    abba_ext.save_adapter(model, tmp_path)
+    again = abba_ext.load_adapter(architectures.build("gemma"), tmp_path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_module_without_parameters_cannot_be_trained():
+    model = Toy()
+    model.act = nn.ReLU()
+    with pytest.raises(ValueError, match="modules_to_save: 'act' holds no floating-point parameter to train"):
+        patch_model(model, AbbaConfig(modules_to_save=["act"]))
+
+
+def test_contexts_of_disabled_adapters_nest():
+    model = patch_model(Toy(), AbbaConfig(modules_to_save=["head"]))
+    base = model.head.weight.detach().clone()
+    model.head.weight.data.add_(1.0)
+    with abba_ext.disable_adapter(model):
+        with abba_ext.disable_adapter(model):
+            assert torch.equal(model.head.weight, base)
+        assert torch.equal(model.head.weight, base)
+    assert torch.equal(model.head.weight, base + 1.0)
+
+
+def test_disabling_after_a_change_of_dtype():
+    model = patch_model(Toy(), AbbaConfig(modules_to_save=["head"])).bfloat16()
+    with abba_ext.disable_adapter(model):
+        assert model(IDS).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("undo", [abba_ext.unpatch_model, abba_ext.merge_and_unload])
+def test_parameters_that_came_later_stay(undo):
+    model = patch_model(Toy())
+    model.value_head = nn.Linear(8, 1)
+    undo(model)
+    assert not abba_ext.is_patched(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_trained_parameter_that_was_resized_cannot_be_undone():
+    model = patch_model(architectures.build("llama"), AbbaConfig(modules_to_save=["embed_tokens", "lm_head"]))
+    model.resize_token_embeddings(80)
+    for call in (abba_ext.unpatch_model, lambda model: abba_ext.disable_adapter(model).__enter__()):
+        with pytest.raises(RuntimeError, match=r"was \[64, 32\] when the model was patched and is \[80, 32\] now"):
+            call(model)
+    assert abba_ext.is_patched(model) and all(layer.abba_enabled for layer in abba_ext.abba_layers(model).values())
+
+
+# --- copies, and hooks of checkpointing ---
+
+
+def test_a_model_of_transformers_can_be_pickled():
+    model = patch_model(architectures.build("llama"), AbbaConfig(r=4)).eval()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    batch = architectures.inputs("llama")
+    assert torch.equal(torch.load(buffer, weights_only=False)(**batch).logits, model(**batch).logits)
+
+
+def test_a_copy_of_a_model_stands_alone():
+    model = patch_model(architectures.build("llama"), AbbaConfig(r=4))
+    alive, twin = weakref.ref(model), copy.deepcopy(model)
+    twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    twin.disable_input_require_grads()  # transformers' own hook; ours is left
+    assert not model.model.embed_tokens(IDS).requires_grad and twin.model.embed_tokens(IDS).requires_grad
+    del model
+    gc.collect()
+    assert alive() is None
+    abba_ext.unpatch_model(twin)
+    assert not twin.model.embed_tokens._forward_hooks
+
+
+def test_inference_pays_nothing_for_checkpointing():
+    """Without gradients no module is asked whether it checkpoints."""
+    model = patch_model(architectures.build("llama"), AbbaConfig(r=4))
+
+    class Asked:
+        @property
+        def gradient_checkpointing(self):
+            raise AssertionError
+
+    [hook] = model.model.embed_tokens._forward_hooks.values()
+    hook.checkpointing[:] = [Asked()]
+    with torch.no_grad():
+        model(IDS)
+    with pytest.raises(AssertionError):
+        model.requires_grad_(False)(IDS)

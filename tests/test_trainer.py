@@ -1,7 +1,10 @@
 """Hugging Face Trainer: training, checkpoints, resuming, accumulation, checkpointed activations, plain from_pretrained."""
+import warnings
+
 import architectures
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -57,6 +60,43 @@ def test_trainer_checkpoint_keeps_the_base_loadable(tmp_path):
     batch = architectures.inputs("llama")
     abba_ext.load_adapter(plain, tmp_path / "adapter")
     assert torch.equal(plain.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+def build_llava():
+    text = tf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    vision = tf.CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    torch.manual_seed(0)
+    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=1))
+    return abba_ext.patch_model(model, abba_ext.AbbaConfig(r=8, target_modules=r".*language_model.*_proj"))
+
+
+def build_mixtral():
+    torch.manual_seed(0)
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1,
+                                                   num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
+    return abba_ext.patch_model(model, abba_ext.AbbaConfig(r=8, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]))
+
+
+@pytest.mark.parametrize("build", [build_llava, build_mixtral])
+def test_resuming_finds_factors_that_were_stored_by_other_names(build, tmp_path):
+    """transformers stores the tensors of these models, factors included, by the names that the hub has them under."""
+    whole = trainer(build(), tmp_path / "whole", save_steps=2, max_steps=4)
+    whole.train()
+    stored = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
+    assert any(name not in stored for name in factors(whole.model))
+    resumed = trainer(build(), tmp_path / "resumed", max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for key, value in factors(whole.model).items():
+        assert torch.equal(factors(resumed.model)[key], value), key
+
+
+def test_factors_that_a_state_dict_lacks_are_named():
+    model = build()
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("0.self_attn.q_proj.abba_A1")}
+    with pytest.warns(UserWarning, match="1 factors of the adapter are not in the state dict .*layers.0.self_attn.q_proj.abba_A1"):
+        model.load_state_dict(state, strict=False)
+    with warnings.catch_warnings(action="error"):  # a base alone is no adapter with losses
+        model.load_state_dict(architectures.build("llama").state_dict(), strict=False)
 
 
 @pytest.mark.parametrize("kwargs", [

@@ -215,6 +215,7 @@ class AbbaTunerLinear(AbbaTunerLayer):
     """The wrapper of linear layers; PEFT's "all-linear" finds those that are wrapped already by the name of the class."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT asks; ΔW = s·B* A* is one of a LoRA of rank r1·r2 (Theorem 1)."""
         return True
 
 
@@ -234,15 +235,18 @@ class ParamWrapper(AbbaTunerLayer):
 
     @property
     def adapted(self) -> nn.Module:
+        """The parameter as a base layer."""
         return bases.ParameterBase(self.get_base_layer(), self.parameter_name)
 
     def update_layer(self, adapter_name: str, config: AbbaPeftConfig, name: str) -> None:
+        """Adds an adapter; raises ValueError if it has dropout."""
         if config.abba_dropout:
             raise ValueError(f"abba_dropout must be 0 with target_parameters, got {config.abba_dropout}: {name!r} does not see "
                              "its module's input")
         super().update_layer(adapter_name, config, name)
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        """The base layer's output, which sees the parameter plus the ΔW of every active adapter while it runs."""
         if adapter_names is not None and not self.disable_adapters:
             raise ValueError("Cannot pass `adapter_names` to a model with target_parameters: its samples share a weight")
         if self.disable_adapters and self.merged:
@@ -267,4 +271,5 @@ class ParamWrapper(AbbaTunerLayer):
         return self.get_base_layer()
 
     def extra_repr(self) -> str:
+        """The parameter's name."""
         return f"parameter_name={self.parameter_name!r}"

@@ -1,6 +1,6 @@
 """Fine-tunes a model by one of the paper's recipes, with ABBA or with PEFT's LoRA of equal size.
 
-    pip install "abba_ext[examples]"
+    pip install ".[examples]"
     python examples/paper/train.py commonsense --model meta-llama/Llama-3.2-1B --output out
     python examples/paper/train.py math --model mistralai/Mistral-7B-v0.1 --output out --method lora
 
