@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "dispatch.h"
+#include "loaded_library.h"
 
 namespace abba::cuda {
 namespace {
@@ -19,9 +20,6 @@ StableIValue call(const char* op, Arguments&&... arguments) {
 }
 
 #ifdef ABBA_WITH_CUDA
-
-// From 2.11's c_shim for CUDA, which a CPU build of torch lacks; only reached with CUDA tensors.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 // Asked once per device; no multiprocessors if this module has no code for it.
 DeviceInfo info(int device) {
@@ -48,6 +46,17 @@ Dtype dtype_of(ScalarType dtype) {
   }
 }
 
+// By a function of 2.11's c_shim for CUDA: only CUDA builds of torch have that library, so this module is not linked to it.
+void* current_stream(int device) {
+  using Function = AOTITorchError(int32_t device_index, void** stream);
+  constexpr const char *kLibrary = "libtorch_cuda.so", *kFunction = "aoti_torch_get_current_cuda_stream";
+  static const auto function = reinterpret_cast<Function*>(find_loaded(kLibrary, kFunction));
+  if (!function) throw std::runtime_error(std::string("abba_ext: torch's ") + kLibrary + " is not loaded or has no " + kFunction);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
 // A call that a kernel covers; it makes x's device the current one.
 struct Call {
   torch::stable::accelerator::DeviceGuard guard;
@@ -57,10 +66,8 @@ struct Call {
   Call(const Tensor& x, const Tensor& f1, const Tensor& f2)
       : guard(x.get_device_index()),
         launch{x.size(0), x.size(1), dtype_of(x.scalar_type()), info(x.get_device_index()).num_sms,
-               sm90(x.get_device_index()), nullptr},
-        factors{factor(f1), factor(f2), static_cast<int>(f1.size(0)), static_cast<int>(f2.size(0)), dtype_of(f1.scalar_type())} {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &launch.stream));
-  }
+               sm90(x.get_device_index()), current_stream(x.get_device_index())},
+        factors{factor(f1), factor(f2), static_cast<int>(f1.size(0)), static_cast<int>(f2.size(0)), dtype_of(f1.scalar_type())} {}
 
   static Factor factor(const Tensor& f) { return {f.data_ptr(), f.stride(0), f.stride(1)}; }
   static Rows rows(const Tensor& t) { return {t.data_ptr(), t.stride(0)}; }

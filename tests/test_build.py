@@ -1,9 +1,10 @@
 """The build, run as front ends run it: the sentence of every failure, and which torch the backend finds.
 
-Nothing is compiled and nothing is fetched: torch is a stub wherever only its version or its place matters.
+Nothing is fetched, and hardly anything compiled: torch is a stub wherever only its version or its place matters.
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -461,3 +462,41 @@ def test_build_info_names_nvcc_and_architectures_or_neither():
     for architecture in filter(None, info["cuda"].split(";")):
         major, minor = architecture.removesuffix("+PTX").rstrip("af").split(".")
         assert (int(major), int(minor)) >= (8, 0)
+
+
+@pytest.mark.skipif(not ops.build_info()["cuda"], reason="built without CUDA")
+def test_the_module_calls_nothing_of_torch_that_may_be_missing():
+    """A weak function of a library that is not linked to is null, and is found out when it is called."""
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", ops._C.__file__], capture_output=True, text=True, check=True).stdout
+    assert re.search(r" U aoti_torch_\w+", symbols)
+    assert not re.findall(r" [wv] (?:aoti_|torch_|c10|cu)\w+", symbols)
+
+
+# A stub of torch's library, loaded by another one that alone sees its symbols, as Python loads torch.
+STUBS = {
+    "libtorch_cuda.so": ('extern "C" int aoti_torch_get_current_cuda_stream() { return 7; }', ["-Wl,-soname,libtorch_cuda.so"]),
+    "libtorch_python.so": ("", ["-Wl,--no-as-needed", "-L.", "-ltorch_cuda", "-Wl,-rpath,$ORIGIN"]),
+    "module.so": ('''#include "loaded_library.h"
+        extern "C" int stream(const char* library, const char* function) {
+          const auto found = reinterpret_cast<int (*)()>(abba::find_loaded(library, function));
+          return found ? found() : 0;
+        }''', ["-ldl"]),
+}
+LOOKUP = """
+import ctypes
+module = ctypes.CDLL("./module.so")
+names = b"libtorch_cuda.so", b"aoti_torch_get_current_cuda_stream"
+found = [module.stream(*names)]
+ctypes.CDLL("./libtorch_python.so", ctypes.RTLD_LOCAL)
+print(*found, module.stream(*names), module.stream(names[0], b"aoti_torch_of_a_later_torch"))
+"""
+
+
+def test_functions_of_torch_are_found_where_it_is_loaded_for_itself(tmp_path):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler 'g++'")
+    for name, (source, options) in STUBS.items():
+        command = ["g++", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "-o", name, "-x", "c++", "-", "-x", "none", *options]
+        subprocess.run(command, input=source, text=True, cwd=tmp_path, check=True)
+    done = subprocess.run([sys.executable, "-c", LOOKUP], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "7", "0"]
