@@ -47,7 +47,7 @@ FAMILIES = {
     "expand_kernel": Family(max_registers=184),
     "factor_grad_kernel": Family(max_registers=250, products=False),
     "small_project_kernel": Family(max_registers=128, copies=False),
-    # 384 threads; setmaxnreg moves registers from one warpgroup to the others.
+    # 384 threads; setmaxnreg moves registers of factor_grad from one warpgroup to the others.
     "project_sm90_kernel": Family(max_registers=168, hopper=True),
     "expand_sm90_kernel": Family(max_registers=168, hopper=True),
     "factor_grad_sm90_kernel": Family(max_registers=168, products=False, hopper=True),
@@ -141,6 +141,18 @@ def test_registers_per_thread(unit, architecture, kernels):
     over = [(kernel.name, kernel.registers) for kernel in kernels[unit, architecture]
             if kernel.registers > FAMILIES[kernel.family].max_registers]
     assert not over
+
+
+def test_warpgroups_share_the_registers_of_the_launch(kernels):
+    """One warpgroup gives and two take; to take more than is there would be to wait for ever."""
+    launched = 65536 // 384 // 8 * 8
+    for unit, architecture in BUILDS:
+        for kernel in kernels[unit, architecture]:
+            given, taken = (re.findall(rf"\bUSETMAXREG\.{kind}\S* .*?(0x\w+)", kernel.code) for kind in ("DEALLOC", "TRY_ALLOC"))
+            assert (len(given), len(taken)) == ((1, 1) if kernel.family == "factor_grad_sm90_kernel" else (0, 0)), kernel.name
+            if given:
+                assert kernel.registers == launched, kernel.name
+                assert int(given[0], 16) + 2 * int(taken[0], 16) <= 3 * launched, kernel.name
 
 
 # --- machine code ---

@@ -26,7 +26,7 @@ struct FactorGradSm90Config {
   static constexpr int kStages = 4;
   static constexpr int kBlockRanks1 = kBlockRows / kRank2;         // values of a
   static constexpr int kParts = kBlockRanks1 > 1 ? 2 : 1, kPartRanks1 = kBlockRanks1 / kParts;  // a warpgroup contracts a part
-  static constexpr int kProducerRegisters = 64, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   // Shared memory: v and x [kStages]; f1 [kBlockRanks1] and f2 [kRank2], rows of 128 in fp32; barriers and a flag.
   // After the loop P and the second part's sums over a take the stages' place. P's pitch lets float2 be stored without a bank twice.

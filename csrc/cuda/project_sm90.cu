@@ -24,7 +24,6 @@ struct ProjectSm90Config {
   static constexpr int kBlockRanks1 = kBlockColumns / kRank2;  // values of a
   static constexpr int kBlockFeatures = 64;
   static constexpr int kStages = 6;
-  static constexpr int kProducerRegisters = kRank2 == 64 ? 152 : 104, kConsumerRegisters = kRank2 == 64 ? 176 : 200;
   using F2 = F2Tile<kRank2, kBlockFeatures, kRanksInner>;
   using F1 = F1PairOrder<kBlockRanks1>;
   using KR = KrRowsOverFeatures<T, kRank2, kBlockFeatures, kRanksInner, kBlockRanks1>;
@@ -161,10 +160,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   }
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {
-    give_registers<C::kProducerRegisters>();
     produce<C>(p, x_map, smem, barriers, num_steps);
   } else {
-    take_registers<C::kConsumerRegisters>();
     consume<C>(p, u_map, smem, barriers, num_steps);
   }
 #endif

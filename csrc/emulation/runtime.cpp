@@ -165,8 +165,9 @@ void set_registers(unsigned count, Site site) {
 
 namespace {
 
+// What the warps hold together cannot exceed what the block was launched with: as many as there can be for each thread.
 void check_registers_at_end(const Block& block) {
-  constexpr unsigned kAll = 65536, kLeast = 24;
+  const unsigned threads = static_cast<unsigned>(block.threads.size()), launched = 65536 / threads / 8 * 8;
   unsigned sum = 0;
   bool set = false;
   for (size_t i = 0; i < block.warps.size(); ++i) {
@@ -174,10 +175,11 @@ void check_registers_at_end(const Block& block) {
     if (registers != block.warps[i - i % 4].registers)
       report("setmaxnreg", Site(), "the warps of a warpgroup have set ", block.warps[i - i % 4].registers, " and ",
              registers, " registers");
-    sum += kWarpSize * std::max(registers, kLeast);
+    sum += kWarpSize * (registers ? registers : launched);
     set |= registers != 0;
   }
-  if (set && sum > kAll) report("setmaxnreg", Site(), "the warpgroups have set ", sum, " registers, there are ", kAll);
+  if (set && sum > launched * threads)
+    report("setmaxnreg", Site(), "the warpgroups hold ", sum, " registers, there are ", launched * threads);
 }
 
 }  // namespace

@@ -238,11 +238,12 @@ __global__ void matrices(const Params p, const ABBA_GRID_CONSTANT TensorMap, con
   for (int j = 0; j < 4; ++j) as<uint32_t>(p.pointers[1])[lane * 4 + j] = r[j];
 }
 
-// 1: more than there are; 2: three warps of four
+// 1: more than there are; 2: three warps of four; 3: more than the launch's 168 for each thread; 4: nothing given first
 template <int kBug>
 __global__ void registers(const Params, const ABBA_GRID_CONSTANT TensorMap, const ABBA_GRID_CONSTANT TensorMap) {
-  if (threadIdx.x < 128) give_registers<40>();
-  else if (kBug != 2 || threadIdx.x < 352) take_registers<kBug == 1 ? 240 : 232>();
+  if (kBug == 3) threadIdx.x < 128 ? give_registers<64>() : take_registers<224>();
+  else if (threadIdx.x >= 128 && (kBug != 2 || threadIdx.x < 352)) take_registers<kBug == 1 ? 240 : 232>();
+  else if (threadIdx.x < 128 && kBug != 4) give_registers<40>();
 }
 
 using Kernel = void (*)(Params, TensorMap, TensorMap);
@@ -273,7 +274,7 @@ std::map<std::string, Kernel> all_kernels() {
   add<0, 1>(k, "replaced", KERNEL(replaced<bug>));
   add<0, 1, 2, 3>(k, "stmatrix", KERNEL(matrices<false, bug>));
   add<0>(k, "stmatrix_trans", KERNEL(matrices<true, bug>));
-  add<0, 1, 2>(k, "set_registers", KERNEL(registers<bug>));
+  add<0, 1, 2, 3, 4>(k, "set_registers", KERNEL(registers<bug>));
   return k;
 }
 
