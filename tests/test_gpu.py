@@ -4,6 +4,7 @@ Everything is computed on the device, the fp64 truth too. test_ops.py has the sm
 """
 import math
 import random
+import threading
 
 import pytest
 import torch
@@ -348,6 +349,26 @@ def test_two_streams_at_once():
     for expected, kept in zip(want, results):
         for got in kept:
             assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["project", "expand_", "factor_grad"])
+def test_a_thread_that_has_not_used_the_gpu(name):
+    """As one of autograd's may be: it has no context yet."""
+    x, f1, f2, v = case(500, 512, 16, 16, torch.bfloat16)
+    results = []
+
+    def call(y):
+        outputs = {"project": lambda: (ops.project(x, f1, f2),),
+                   "expand_": lambda: (y, ops.expand_(y, v, f1, f2, SCALE))[:1],
+                   "factor_grad": lambda: ops.factor_grad(x, v, f1, f2, SCALE)}[name]()
+        results.append([t.cpu() for t in outputs])  # what they were in is in the allocator's cache, which needs no context
+
+    first, second = x.clone(), x.clone()
+    call(first)
+    thread = threading.Thread(target=call, args=(second,))
+    thread.start()
+    thread.join()
+    assert_equal(*results)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
