@@ -62,6 +62,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
 
     Raises:
         ValueError: For an unknown plan, or the dense plan in half precision.
+        RuntimeError: If the CUDA runtime fails when it is asked about the device.
     """
     device = torch.device(device)
     sizes = (num_tokens, in_features, out_features, r1, r2)

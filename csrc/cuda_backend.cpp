@@ -27,7 +27,9 @@ DeviceInfo info(int device) {
   if (device < 0 || device >= static_cast<int>(known.size())) return {0, false};
   if (const int answer = known[device]) return {(answer - 1) / 2, (answer - 1) % 2 == 1};
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const DeviceInfo answer = device_info();
+  DeviceInfo answer;
+  if (const int error = device_info(answer))
+    throw std::runtime_error("abba_ext: cuda:" + std::to_string(device) + " does not say which kernels it can run: " + cuda_error(error));
   known[device] = 2 * answer.num_sms + answer.sm90 + 1;
   return answer;
 }
@@ -74,7 +76,7 @@ struct Call {
 };
 
 void check_launch(const char* op, int error) {
-  if (error) throw std::runtime_error(std::string(op) + ": the CUDA kernel could not be launched: " + cuda_error_name(error));
+  if (error) throw std::runtime_error(std::string(op) + ": the CUDA kernel could not be launched: " + cuda_error(error));
 }
 
 Tensor workspace(const Tensor& like, size_t bytes) {
@@ -99,7 +101,8 @@ std::string uncovered(ScalarType activations, ScalarType factors, int64_t r2, in
   if (factors != activations && factors != ScalarType::Float)
     return "the CUDA kernels take factors in the activations' dtype or in float32";
   if (r2 > kMaxRank2) return "the CUDA kernels take r2 up to " + std::to_string(kMaxRank2);
-  if (info(device).num_sms == 0) return "abba_ext was built without code for this GPU's architecture";
+  if (info(device).num_sms == 0)
+    return "abba_ext was built without code for this GPU's architecture, or with PTX that its driver is too old for";
   return "";
 #else
   (void)activations, (void)factors, (void)r2, (void)device;

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace abba {
 
@@ -87,7 +88,7 @@ struct DeviceInfo {
   int num_sms;  // multiprocessors; 0 if the kernels were not compiled for it
   bool sm90;    // whether it is a Hopper GPU and the kernels for it are there
 };
-DeviceInfo device_info();
-const char* cuda_error_name(int error);
+int device_info(DeviceInfo& info);  // a cudaError_t; that there is no code is an answer
+std::string cuda_error(int error);
 
 }  // namespace abba

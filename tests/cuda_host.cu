@@ -1,5 +1,6 @@
 // The host code around the kernels, on a runtime and a driver that answer what a test wants: linked with --wrap by
 // tests/test_cuda_host.py.
+#include "cuda/device.cu"
 #include "cuda/tensor_map.cuh"
 
 #include <string_view>
@@ -12,12 +13,22 @@ constexpr int kDevice = 3;
 
 extern "C" {
 
-int device_error, encode_error;  // what is answered
-int has_context, binds;            // of this thread; how often one was bound
+int probe_error, device_error, shared_bytes, encode_error;  // what is answered
+int has_context, binds;                                     // of this thread; how often one was bound
+
+cudaError_t __wrap_cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = shared_bytes;
+  return static_cast<cudaError_t>(probe_error);
+}
 
 cudaError_t __wrap_cudaGetDevice(int* device) {
   *device = kDevice;
   return static_cast<cudaError_t>(device_error);
+}
+
+cudaError_t __wrap_cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  *value = attribute == cudaDevAttrMultiProcessorCount && device == kDevice ? 132 : -1;
+  return cudaSuccess;
 }
 
 cudaError_t __wrap_cudaSetDevice(int device) {
@@ -52,6 +63,13 @@ cudaError_t __wrap_cudaGetDriverEntryPoint(const char* name, void** function, un
 cudaError_t __wrap_cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
                                                     cudaDriverEntryPointQueryResult* result) {
   return find(name, function, result);
+}
+
+int ask_device(int* num_sms, int* sm90) {
+  abba::DeviceInfo info;
+  const int error = abba::device_info(info);
+  *num_sms = info.num_sms, *sm90 = info.sm90;
+  return error;
 }
 
 int describe_matrix() {

@@ -3,6 +3,7 @@
 //   ABBA_DYNAMIC_SMEM(name);     the block's shared memory: unsigned char*, 1024-byte aligned
 //   ABBA_LAUNCH((kernel<T, 16>), grid, block, smem_bytes, stream, arguments...)   -> cudaError_t as an int
 //   ABBA_MEMSET_ASYNC(pointer, byte, bytes, stream)                               -> cudaError_t as an int
+//   ABBA_SM90A                   1 in code for sm_90a, which alone has the kernels for Hopper, and in host code
 #pragma once
 #if defined(ABBA_EMULATE)
 
@@ -51,3 +52,9 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem_byt
 
 #endif
 #define ABBA_DEVICE __device__ __forceinline__
+
+#if defined(ABBA_EMULATE) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define ABBA_SM90A 1
+#else
+#define ABBA_SM90A 0
+#endif

@@ -208,6 +208,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   } else {
     consume<C>(p, y_map, smem, slots, u_barriers, tiles);
   }
+#else
+  __trap();  // never launched
 #endif
 }
 

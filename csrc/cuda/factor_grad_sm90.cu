@@ -210,6 +210,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     take_registers<C::kConsumerRegisters>();
     consume<C>(p, workspace, smem, barriers, steps);
   }
+#else
+  __trap();  // never launched
 #endif
 }
 

@@ -4,13 +4,6 @@
 #include "ptx_sm90.cuh"
 #include "tensor_map.cuh"
 
-// Only code for sm_90a has these kernels; for other architectures they are empty and never launched.
-#if defined(ABBA_EMULATE) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define ABBA_SM90A 1
-#else
-#define ABBA_SM90A 0
-#endif
-
 namespace abba {
 
 constexpr int kGroupThreads = 128, kConsumerGroups = 2, kConsumerThreads = kConsumerGroups * kGroupThreads;

@@ -164,6 +164,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   } else {
     consume<C>(p, u_map, smem, barriers, num_steps);
   }
+#else
+  __trap();  // never launched
 #endif
 }
 
