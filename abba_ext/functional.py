@@ -45,7 +45,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
     up to rounding. It keeps about 2 Mi elements of scratch for each thread.
 
     The CUDA kernels take bfloat16 and float16 activations and factors in that dtype or float32 (rounded to the activations'
-    dtype while they are loaded), r2 up to 64 and any r1, on GPUs from compute capability 8.0. Whatever else comes on a GPU
+    dtype while they are loaded), r2 up to 64 and r1 up to 65535, on GPUs from compute capability 8.0. Whatever else comes on a GPU
     runs the composite of torch matmuls; so do x and outputs whose innermost stride is not 1. Those for Hopper (9.0) take r2
     of 8, 16, 32 and 64, r1·r2 up to 1024, more than 64 tokens and rows of whole 16 bytes, where ABBA_SM90=1 is set.
 
@@ -78,7 +78,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
             costs = (cost / 1e9 for cost in _costs(*sizes))
             reason = "cost beside the base layer: khatri_rao {:.2f} GFLOP, dense {:.2f}".format(*costs)
         return KernelPlan(chosen, "cpu", reason)
-    uncovered = ops.uncovered_by_cuda(dtype, factor_dtype or torch.promote_types(dtype, torch.float32), r2, device)
+    uncovered = ops.uncovered_by_cuda(dtype, factor_dtype or torch.promote_types(dtype, torch.float32), r1, r2, device)
     if uncovered:
         return KernelPlan(chosen, "composite", uncovered)
     hopper = all(ops.takes_sm90(num_tokens, features, r1, r2, device) for features in (in_features, out_features))

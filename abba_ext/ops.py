@@ -55,14 +55,14 @@ def expand_(y: torch.Tensor, u: torch.Tensor, f1: torch.Tensor, f2: torch.Tensor
     _expand_(y, u, f1, f2, s)
 
 
-def uncovered_by_cuda(dtype: torch.dtype, factor_dtype: torch.dtype, r2: int, device: torch.device) -> str:
+def uncovered_by_cuda(dtype: torch.dtype, factor_dtype: torch.dtype, r1: int, r2: int, device: torch.device) -> str:
     """Why no handwritten kernel covers such a call on a GPU (it runs the composite of torch matmuls); "" if one does."""
     if device.type != "cuda":
         return f"there are no kernels for {device.type}"
     if not torch.cuda.is_available():
         return "no GPU is visible"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _C.uncovered_by_cuda(*(str(t).removeprefix("torch.") for t in (dtype, factor_dtype)), r2, index)
+    return _C.uncovered_by_cuda(*(str(t).removeprefix("torch.") for t in (dtype, factor_dtype)), r1, r2, index)
 
 
 def takes_sm90(num_tokens: int, num_features: int, r1: int, r2: int, device: torch.device) -> bool:

@@ -19,8 +19,8 @@ abba::ScalarType dtype(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of abba_ext; importing this module registers them as torch.ops.abba.*";
-  m.def("uncovered_by_cuda", [](const std::string& activations, const std::string& factors, int64_t r2, int device) {
-    return abba::cuda::uncovered(dtype(activations), dtype(factors), r2, device);
+  m.def("uncovered_by_cuda", [](const std::string& activations, const std::string& factors, int64_t r1, int64_t r2, int device) {
+    return abba::cuda::uncovered(dtype(activations), dtype(factors), r1, r2, device);
   }, "Why no CUDA kernel covers such a call; '' if one does.");
   m.def("takes_sm90", &abba::cuda::takes_sm90, "Whether the kernels for Hopper take such a call, if a CUDA kernel covers it.");
   m.def("build_info", [] {

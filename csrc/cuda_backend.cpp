@@ -86,26 +86,27 @@ Tensor workspace(const Tensor& like, size_t bytes) {
 bool unit_inner_stride(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
 
 bool covered(const Tensor& x, const Tensor& u, const Tensor& f1, const Tensor& f2) {
-  return unit_inner_stride(x) && unit_inner_stride(u) && f1.size(0) <= kMaxRank1 &&
-         uncovered(x.scalar_type(), f1.scalar_type(), f2.size(0), x.get_device_index()).empty();
+  return unit_inner_stride(x) && unit_inner_stride(u) &&
+         uncovered(x.scalar_type(), f1.scalar_type(), f1.size(0), f2.size(0), x.get_device_index()).empty();
 }
 
 #endif
 
 }  // namespace
 
-std::string uncovered(ScalarType activations, ScalarType factors, int64_t r2, int device) {
+std::string uncovered(ScalarType activations, ScalarType factors, int64_t r1, int64_t r2, int device) {
 #ifdef ABBA_WITH_CUDA
   if (activations != ScalarType::BFloat16 && activations != ScalarType::Half)
     return "the CUDA kernels take bfloat16 and float16 activations";
   if (factors != activations && factors != ScalarType::Float)
     return "the CUDA kernels take factors in the activations' dtype or in float32";
+  if (r1 > kMaxRank1) return "the CUDA kernels take r1 up to " + std::to_string(kMaxRank1);
   if (r2 > kMaxRank2) return "the CUDA kernels take r2 up to " + std::to_string(kMaxRank2);
   if (info(device).num_sms == 0)
     return "abba_ext was built without code for this GPU's architecture, or with PTX that its driver is too old for";
   return "";
 #else
-  (void)activations, (void)factors, (void)r2, (void)device;
+  (void)activations, (void)factors, (void)r1, (void)r2, (void)device;
   return "abba_ext was built without CUDA";
 #endif
 }

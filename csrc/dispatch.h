@@ -8,7 +8,7 @@
 namespace abba {
 
 constexpr int kMaxRank2 = 64;
-constexpr int kMaxRank1 = 1 << 16;  // blocks along the ranks are counted in 16 bits
+constexpr int kMaxRank1 = 65535;  // the most blocks of a grid along y, of at least one value of a each
 
 // Up to here project splits the features over the warps of a block instead of the tokens over blocks.
 constexpr int64_t kSmallTokens = 64;

@@ -197,6 +197,11 @@ def test_dense_operators():
         torch.ops.abba.dense_forward(x, weight, bias, factors[0][:, :4].contiguous(), *factors[1:], SCALE)
     with pytest.raises(RuntimeError, match="dense_forward: x must be float32 or float64, got bfloat16"):
         torch.ops.abba.dense_forward(*(t.bfloat16() for t in (x, weight, bias, *factors)), SCALE)
+    a1, b1, a2, b2 = factors
+    with pytest.raises(RuntimeError, match=r"dense_forward: b1 must be \[m, r\] = \[7, 2\] as in weight and a1, got \[6, 2\]"):
+        torch.ops.abba.dense_forward(x, weight, bias, a1, b1[:6].contiguous(), a2, b2, SCALE)
+    with pytest.raises(RuntimeError, match="dense_forward: b2 must be contiguous"):
+        torch.ops.abba.dense_forward(x, weight, bias, a1, b1, a2, b2.t().contiguous().t(), SCALE)
 
 
 def saved_bytes(function):
@@ -292,10 +297,11 @@ def test_devices_without_kernels_run_the_composite(key):
 @pytest.mark.skipif(not ops.build_info()["cuda"], reason="built without CUDA")
 def test_what_the_cuda_kernels_do_not_cover_has_a_reason():
     uncovered = ops._C.uncovered_by_cuda  # device -1: none, asked last
-    assert "bfloat16 and float16 activations" in uncovered("float32", "float32", 16, -1)
-    assert "float32" in uncovered("bfloat16", "float16", 16, -1)
-    assert "r2 up to 64" in uncovered("bfloat16", "float32", 65, -1)
-    assert "architecture" in uncovered("bfloat16", "float32", 64, -1)
+    assert "bfloat16 and float16 activations" in uncovered("float32", "float32", 16, 16, -1)
+    assert "float32" in uncovered("bfloat16", "float16", 16, 16, -1)
+    assert "r1 up to 65535" in uncovered("bfloat16", "float32", 65536, 64, -1)  # a block of the grid for each
+    assert "r2 up to 64" in uncovered("bfloat16", "float32", 16, 65, -1)
+    assert "architecture" in uncovered("bfloat16", "float32", 65535, 64, -1)
     if not torch.cuda.is_available():
         assert kernel_plan(512, 768, 768, 16, 16, torch.bfloat16, "cuda")[1:] == ("composite", "no GPU is visible")
 
