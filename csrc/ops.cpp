@@ -160,11 +160,12 @@ void check_dense(const char* op, const Tensor& x, const Tensor& weight, const Te
         ": x must be float32 or float64, got ", name(x.scalar_type()));
   const int64_t m = weight.size(0), n = weight.size(1);
   check(x.size(1) == n, op, ": x must be [T, n] with n = ", n, " as in weight ", shape(weight), ", got ", shape(x));
-  for (const auto& [arg, a, b] : {std::tuple("a1", &a1, &b1), std::tuple("a2", &a2, &b2)}) {
-    check(a->size(1) == n && a->size(0) >= 1, op, ": ", arg, " must be [r, n] with n = ", n, ", got ", shape(*a));
-    check(b->size(0) == m && b->size(1) == a->size(0), op, ": the partner of ", arg, ' ', shape(*a), " must be [m, r] = [", m, ", ",
-          a->size(0), "], got ", shape(*b));
-    check(a->is_contiguous() && b->is_contiguous(), op, ": ", arg, " and its partner must be contiguous");
+  for (const auto& [a_arg, a, b_arg, b] : {std::tuple("a1", &a1, "b1", &b1), std::tuple("a2", &a2, "b2", &b2)}) {
+    check(a->size(1) == n && a->size(0) >= 1, op, ": ", a_arg, " must be [r, n] with n = ", n, ", got ", shape(*a));
+    check(b->size(0) == m && b->size(1) == a->size(0), op, ": ", b_arg, " must be [m, r] = [", m, ", ", a->size(0),
+          "] as in weight and ", a_arg, ", got ", shape(*b));
+    check(a->is_contiguous(), op, ": ", a_arg, " must be contiguous");
+    check(b->is_contiguous(), op, ": ", b_arg, " must be contiguous");
   }
 }
 
