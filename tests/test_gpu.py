@@ -121,8 +121,8 @@ def test_fp32_master_factors(dtype, layout, ranks):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("layout", ["rD", "Dr"])
 @pytest.mark.parametrize("tokens, features, ranks", [(8192, 520, (16, 16)), (16384, 264, (8, 8)), (6401, 1000, (9, 33)),
-                                                     (20000, 128, (16, 16)), (4096, 4096, (16, 16)), (2048, 2056, (64, 64)),
-                                                     (64, 14336, (16, 16)), (1, 14336, (32, 32))])
+                                                     (6401, 264, (17, 8)), (20000, 128, (16, 16)), (4096, 4096, (16, 16)),
+                                                     (2048, 2056, (64, 64)), (64, 14336, (16, 16)), (1, 14336, (32, 32))])
 def test_sizes_that_fill_the_device(dtype, layout, tokens, features, ranks):
     check_all(*case(tokens, features, *ranks, dtype, layout, torch.float32))
 
