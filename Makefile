@@ -3,7 +3,7 @@
 # make bench   times the operators, one layer and a whole model against their alternatives, with the Python at hand
 # make robustness   kills, damaged files, random calls and long runs; rewrites the README's table, with the Python at hand
 # make gpu-check OUT=dir   everything that needs a GPU, in ten minutes and without a network, with the Python at hand:
-#              build, tests, compute-sanitizer, benchmarks. WHEELS=folder for packages that are missing
+#              build, tests, benchmarks, compute-sanitizer. WHEELS=folder for packages that are missing
 # make clean   removes what these and a build leave behind
 #
 # PYTHON, PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS and GPU_CHECK_ARGS can be given: make demo PYTHON=python3.12 DEMO_ARGS="--steps 50"
