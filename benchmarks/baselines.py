@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from harness import TOLERANCE, relative_error
-from peft import HiraConfig, LoHaConfig, LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -206,6 +206,8 @@ def build_loha_peft(problem: Problem) -> Layer:
 
 def build_hira_peft(problem: Problem) -> Layer:
     """PEFT HiRA: W = W0 ⊙ (1 + BA), formed dense in every forward."""
+    from peft import HiraConfig  # since PEFT 0.21: an older one costs this method alone
+
     module = _inject(HiraConfig(r=problem.rank, target_modules=["layer"]), problem)
     n = problem.weight.size(1)
     return _peft_layer(module, {"a": (module.hira_A["default"], problem.lora["a"]),

@@ -3,7 +3,8 @@
     python benchmarks/bench_layer.py --device cpu --quick
     python benchmarks/bench_layer.py --shapes 4096x4096 --tokens 2048 8192 --methods base lora_peft abba_ext
 
-Writes layer.csv (a row per case and method) and layer.json (what was run, where) to --out, and prints a summary.
+Writes layer.csv (a row per case and method) and layer.json (what was run, where, what failed) to --out after each case, and prints
+a summary. What fails has no row, and the exit status is then 1.
 """
 import argparse
 import sys
@@ -11,14 +12,15 @@ from pathlib import Path
 
 import torch
 from baselines import METHODS, Problem, make_problem, verify
-from harness import MODES, Step, device_name, metadata, peak_memory, slug, table, time_interleaved, write_csv, write_json
+from harness import (MODES, Step, by_case, device_name, metadata, noted, peak_memory, report, slug, table, time_interleaved,
+                     write_results)
 from shapes import DTYPES, Case, Grid, default_grid, parse_shape
 from tqdm import tqdm
 
 DEFAULT_METHODS = ("base", "lora_peft", "lora_inplace", "dora_peft", "hira_peft", "loha_peft", "abba_eager", "abba_ext")
 QUICK_METHODS = ("base", "lora_peft", "loha_peft", "abba_eager", "abba_ext")
 REFERENCES = ("abba_eager", "loha_peft", "lora_peft")  # the printed ratios of abba_ext
-ROW_METADATA = ("device", "device_type", "threads", "torch", "peft", "abba_ext", "commit")
+ROW_METADATA = ("device", "device_type", "threads", "torch", "peft", "abba_ext", "commit", "sm90")
 MIB = 2**20
 
 # Share of the time budget beside the frozen layer's FLOPs: half precision runs faster, small cases have an overhead.
@@ -54,7 +56,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def run_case(case: Case, methods: tuple[str, ...], mode: str, seconds: float, device: torch.device) -> list[dict]:
+def run_case(case: Case, methods: tuple[str, ...], mode: str, seconds: float, device: torch.device,
+             failures: list[str]) -> list[dict]:
     """Verifies, measures the memory of and times every method on one case: a CSV row for each.
 
     Args:
@@ -63,21 +66,23 @@ def run_case(case: Case, methods: tuple[str, ...], mode: str, seconds: float, de
         mode: What is timed, out of MODES; peak memory is always a full step's.
         seconds: Time for the timed rounds.
         device: Where it runs.
+        failures: Where methods that fail are noted.
     """
     torch.compiler.reset()  # otherwise the compiled methods turn to dynamic shapes from the second case on
     problem = make_problem(*case[:4], DTYPES[case.dtype], device)
     inputs = _rotation(problem, device)
     steps, rows = {}, []
     for name in methods:
-        layer = METHODS[name].build(problem)
-        output_error, grad_error = verify(name, layer, problem)
-        parameters = list(layer.parameters.values())
-        full = Step(layer.forward, parameters, inputs)
-        full.prepare()
-        full.run()  # a first run may allocate what stays, such as a compiled graph
-        rows.append({**case._asdict(), "method": name, "mode": mode, "note": layer.note,
-                     "peak_bytes": peak_memory(full, device), "output_error": output_error, "grad_error": grad_error})
-        steps[name] = Step(layer.forward, parameters, inputs, mode)
+        with noted(failures, f"{name}, {case}"):
+            layer = METHODS[name].build(problem)
+            output_error, grad_error = verify(name, layer, problem)
+            parameters = list(layer.parameters.values())
+            full = Step(layer.forward, parameters, inputs)
+            full.prepare()
+            full.run()  # a first run may allocate what stays, such as a compiled graph
+            rows.append({**case._asdict(), "method": name, "mode": mode, "note": layer.note,
+                         "peak_bytes": peak_memory(full, device), "output_error": output_error, "grad_error": grad_error})
+            steps[name] = Step(layer.forward, parameters, inputs, mode)
     timings = time_interleaved(steps, seconds, device)
     return [{**row, **timings[row["method"]]._asdict()} for row in rows]
 
@@ -92,26 +97,23 @@ def _rotation(problem: Problem, device: torch.device) -> list[tuple[torch.Tensor
 # --- the printed summary ---
 
 
-def summary(rows: list[dict], methods: tuple[str, ...]) -> str:
+def summary(rows: list[dict], methods: tuple[str, ...], mode: str) -> str:
     """Three tables: times and ratios, peak memory beyond parameters and inputs, and errors against fp64."""
-    cases: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        cases.setdefault(tuple(row[field] for field in Case._fields), {})[row["method"]] = row
     references = [name for name in REFERENCES if name in methods and "abba_ext" in methods]
     times, memory, accuracy = [], [], []
-    for key, by_method in cases.items():
+    for key, by_method in by_case(rows, Case._fields).items():
         case = Case(*key)
         head = [case.dtype, case.layer, str(case.tokens), str(case.rank)]
         ratios = {name: [by_method["abba_ext"][field] / by_method[name][field] for field in ("median_ms", "min_ms")]
                   for name in references}
         times.append(head + [f"{by_method[name]['median_ms']:.2f}" for name in methods]
                      + ["{:.2f} ({:.2f})".format(*ratios[name]) for name in references]
-                     + [by_method[name]["note"] for name in methods if name == "abba_ext"])
+                     + [str(by_method[name]["note"]) for name in methods if name == "abba_ext"])
         memory.append(head + [f"{by_method[name]['peak_bytes'] / MIB:.1f}" for name in methods])
         accuracy.append(head + [f"{by_method[name]['output_error']:.0e}/{by_method[name]['grad_error']:.0e}"
                                 for name in methods])
     head = ["dtype", "in→out", "T", "r"]
-    mode = {"full": "training step", "forward": "forward", "backward": "backward"}[rows[0]["mode"]]
+    mode = {"full": "training step", "forward": "forward", "backward": "backward"}[mode]
     plan = ["plan"] if "abba_ext" in methods else []
     return "\n\n".join([
         f"Time of a {mode}, ms (median); ratios of abba_ext: of the medians (of the minima)\n"
@@ -130,19 +132,20 @@ def main(arguments: list[str] | None = None) -> int:
     meta = metadata(device)
     cases = options.grid.cases()
     costs = [case.base_flops() * _DTYPE_COST[case.dtype] + _CASE_FLOPS for case in cases]
-    rows = []
+    about = {**meta, "mode": options.mode, "methods": list(options.methods), "grid": options.grid._asdict(),
+             "budget_seconds": options.budget}
+    rows, failures = [], []
     progress = tqdm(list(zip(cases, costs, strict=True)), unit="case", file=sys.stderr)
     for case, cost in progress:
         progress.set_postfix_str(f"{case.dtype} {case.layer} T={case.tokens} r={case.rank}")
-        rows += run_case(case, options.methods, options.mode, options.budget * cost / sum(costs), device)
-    rows = [{**row, **{key: meta[key] for key in ROW_METADATA}} for row in rows]
-    write_csv(options.out / "layer.csv", rows)
-    write_json(options.out / "layer.json", {**meta, "mode": options.mode, "methods": list(options.methods),
-                                            "grid": options.grid._asdict(), "budget_seconds": options.budget})
-    print(summary(rows, options.methods))
+        with noted(failures, str(case)):
+            rows += [{**row, **{key: meta[key] for key in ROW_METADATA}}
+                     for row in run_case(case, options.methods, options.mode, options.budget * cost / sum(costs), device, failures)]
+        write_results(options.out / "layer", rows, {**about, "failures": failures})
+    print(summary(rows, options.methods, options.mode))
     print(f"\n{meta['device']}, {meta['threads']} threads, torch {meta['torch']}, peft {meta['peft']}, commit "
           f"{meta['commit'] or 'unknown'}; {options.out / 'layer.csv'}")
-    return 0
+    return report(failures)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/bench_ops.py --device cpu --quick
     python benchmarks/bench_ops.py --shapes 4096x4096 --tokens 512 8192 --ranks 32
 
-Writes ops.csv (a row per case and method) and ops.json (what was run, where, the measured peaks) to --out, and prints a
-summary. The methods:
+Writes ops.csv (a row per case and method) and ops.json (what was run, where, the measured peaks, what failed) to --out after
+each case, and prints a summary. What fails has no row, and the exit status is then 1. The methods:
 
     abba_ext    the operator
     composite   torch matmuls with a Khatri–Rao operand that each call forms: what runs where no kernel covers a call
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import TOLERANCE, device_name, metadata, relative_error, slug, table, time_interleaved, write_csv, write_json
+from harness import (TOLERANCE, by_case, device_name, metadata, noted, relative_error, report, slug, table,
+                     time_interleaved, write_results)
 from shapes import DTYPES, Grid, default_grid, parse_shape
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from abba_ext import ops, reference
 OPS = ("project", "expand_", "factor_grad")
 METHODS = ("abba_ext", "composite", "gemm")
 SCALE = 0.5
-ROW_METADATA = ("device", "device_type", "threads", "torch", "abba_ext", "commit")
+ROW_METADATA = ("device", "device_type", "threads", "torch", "abba_ext", "commit", "sm90")
 PEAK_GEMM = 8192  # rows and columns of the product that the arithmetic peak is measured with
 PEAK_COPY = 2**31  # bytes of the copy that the bandwidth is measured with
 
@@ -172,7 +173,7 @@ class Problem:
 
 @torch.no_grad()
 def run_case(case: OpCase, methods: tuple[str, ...], factor_dtype: torch.dtype, seconds: float, device: torch.device,
-             peaks: Peaks | None) -> list[dict]:
+             peaks: Peaks | None, failures: list[str] | None = None) -> list[dict]:
     """Verifies and times every method on one case: a CSV row for each.
 
     Args:
@@ -182,13 +183,17 @@ def run_case(case: OpCase, methods: tuple[str, ...], factor_dtype: torch.dtype, 
         seconds: Time for the timed rounds.
         device: Where it runs.
         peaks: The roofline, if there is one.
+        failures: Where methods that fail are noted; None to raise what they raise.
     """
     problem = Problem(case, factor_dtype, device)
     truth = problem.truth()
-    errors = {method: problem.error(method, truth) for method in methods}
+    errors = {}
+    for method in methods:
+        with noted(failures, f"{method}, {case}"):
+            errors[method] = problem.error(method, truth)
     del truth
     copies = 4 if device.type == "cuda" else 1
-    calls = {method: problem.call(method, copies) for method in methods}
+    calls = {method: problem.call(method, copies) for method in errors}
     timings = time_interleaved(calls, seconds, device, max_rounds=100, launch_ahead=True)
     least_ms = peaks.least_ms(case, factor_dtype.itemsize) if peaks else None
     rows = []
@@ -259,15 +264,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def summary(rows: list[dict], methods: tuple[str, ...]) -> str:
     """One line per case: times, rates of the operator, and how it compares."""
-    cases: dict[OpCase, dict[str, dict]] = {}
-    for row in rows:
-        cases.setdefault(OpCase(*(row[field] for field in OpCase._fields)), {})[row["method"]] = row
     others = [method for method in methods if method != "abba_ext"] if "abba_ext" in methods else []
     header = ["op", "dtype", "D", "factors", "T", "r", *(f"{method}, µs" for method in methods), "TFLOP/s", "GB/s", "roofline",
               *(f"/{method}" for method in others)]
     lines = []
-    for case, by_method in cases.items():
-        own = by_method[methods[0]]
+    for key, by_method in by_case(rows, OpCase._fields).items():
+        case, own = OpCase(*key), by_method[methods[0]]
         share = own["roofline_share"]
         lines.append([case.op, case.dtype, str(case.features), case.layout, str(case.tokens), str(case.rank),
                       *(f"{by_method[method]['median_us']:.1f}" for method in methods), f"{own['tflop_per_s']:.3g}",
@@ -284,24 +286,25 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     meta = metadata(device)
     peaks = measure_peaks(options.grid.dtypes, device) if device.type == "cuda" else None
-    rows = []
+    about = {**meta, "methods": list(options.methods), "factors": options.factors, "grid": options.grid._asdict(),
+             "budget_seconds": options.budget, "peaks": peaks._asdict() if peaks else None}
+    rows, failures = [], []
     progress = tqdm(options.cases, unit="case", file=sys.stderr)
     for case in progress:
         progress.set_postfix_str(f"{case.op} {case.dtype} D={case.features} T={case.tokens} r={case.rank}")
         factor_dtype = DTYPES[case.dtype] if options.factors == "same" or case.dtype == "fp64" else torch.float32
-        rows += run_case(case, options.methods, factor_dtype, options.budget / len(options.cases), device, peaks)
-    rows = [{**row, **{key: meta[key] for key in ROW_METADATA}} for row in rows]
-    write_csv(options.out / "ops.csv", rows)
-    write_json(options.out / "ops.json", {**meta, "methods": list(options.methods), "factors": options.factors,
-                                          "grid": options.grid._asdict(), "budget_seconds": options.budget,
-                                          "peaks": peaks._asdict() if peaks else None})
+        with noted(failures, str(case)):
+            rows += [{**row, **{key: meta[key] for key in ROW_METADATA}}
+                     for row in run_case(case, options.methods, factor_dtype, options.budget / len(options.cases), device, peaks,
+                                         failures)]
+        write_results(options.out / "ops", rows, {**about, "failures": failures})
     print(summary(rows, options.methods))
     if peaks:
         rates = ", ".join(f"{rate / 1e12:.0f} TFLOP/s in {dtype}" for dtype, rate in peaks.flops_per_s.items())
         print(f"\nroofline: {rates}, {peaks.bytes_per_s / 1e12:.2f} TB/s, both measured in this run")
     print(f"\n{meta['device']}, {meta['threads']} threads, torch {meta['torch']}, commit {meta['commit'] or 'unknown'}; "
           f"{options.out / 'ops.csv'}")
-    return 0
+    return report(failures)
 
 
 if __name__ == "__main__":

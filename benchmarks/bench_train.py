@@ -6,7 +6,8 @@
 A step is forward, loss, backward and fused AdamW on what a method trains, on random tokens and random weights. The base in
 bf16 runs under autocast, with adapters in float32, as a trainer would have it. The method "base" trains nothing: forward,
 and the gradient of the embeddings' output, so that backward passes every layer. Writes train.csv (a row per case and method)
-and train.json (what was run, where) to --out, and prints a summary.
+and train.json (what was run, where, what failed) to --out after each case, and prints a summary. What fails has no row, and the
+exit status is then 1.
 """
 import argparse
 import contextlib
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import TOLERANCE, device_name, metadata, peak_memory, slug, table, time_interleaved, write_csv, write_json
+from harness import (TOLERANCE, by_case, device_name, metadata, noted, peak_memory, report, slug, table, time_interleaved,
+                     write_results)
 from model_methods import METHODS, attach, trainable
 from shapes import DTYPES
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ QUICK_METHODS = ("base", "lora", "loha", "abba_eager", "abba")
 REFERENCES = ("abba_eager", "loha", "lora")  # the printed ratios of abba
 CHANGE_THE_BASE = ("full", "pissa")  # methods that cannot share the others' base weights
 START = {name: {"init": "random"} for name in ("abba_eager", "abba")}  # an SVD of every weight would take longer than the steps
-ROW_METADATA = ("device", "device_type", "threads", "torch", "transformers", "peft", "abba_ext", "commit")
+ROW_METADATA = ("device", "device_type", "threads", "torch", "transformers", "peft", "abba_ext", "commit", "sm90")
 LARGE_DEVICE = 120 * 2**30  # bytes of memory for which 8b is the default
 LEARNING_RATE = 1e-4
 WARMUP = 1
@@ -143,7 +145,7 @@ class TrainStep:
 
 
 def run_case(case: Case, methods: tuple[str, ...], rounds: int, device: torch.device,
-             progress: Callable[[], object] = lambda: None) -> list[dict]:
+             progress: Callable[[], object] = lambda: None, failures: list[str] | None = None) -> list[dict]:
     """Checks, measures the memory of and times every method on one case: a CSV row for each.
 
     The models share their frozen weights, so that all of them are at hand and can be timed in turn.
@@ -154,6 +156,7 @@ def run_case(case: Case, methods: tuple[str, ...], rounds: int, device: torch.de
         rounds: Timed steps of each method; 0 leaves the times out.
         device: Where it runs.
         progress: Called before each of steps_of(rounds) steps of each method.
+        failures: Where methods that fail are noted; None to raise what they raise.
 
     Raises:
         AssertionError: A method starts from another loss than the base's, or its loss is not finite after training.
@@ -165,24 +168,28 @@ def run_case(case: Case, methods: tuple[str, ...], rounds: int, device: torch.de
         base_loss = TrainStep(model.requires_grad_(False), tokens, autocast).forward().item()
     steps, rows = {}, []
     for name in methods:
-        step = steps[name] = TrainStep(with_method(model, name, case), tokens, autocast, progress)
-        step.prepare()
-        step.run()  # makes the optimizer's state
-        loss = step.loss.item()
-        if not abs(loss - base_loss) <= TOLERANCE[DTYPES[case.dtype]] * base_loss:
-            raise AssertionError(f"{name} starts from the loss {loss}, the base from {base_loss}")
-        step_bytes, resident_bytes = peak_memory(step, device), step.resident_bytes()
-        rows.append({**case._asdict(), "method": name, "trainable": sum(p.numel() for p in trainable(step.model)),
-                     "resident_bytes": resident_bytes, "step_bytes": step_bytes, "peak_bytes": resident_bytes + step_bytes})
+        with noted(failures, f"{name}, {case}"):
+            step = TrainStep(with_method(model, name, case), tokens, autocast, progress)
+            step.prepare()
+            step.run()  # makes the optimizer's state
+            loss = step.loss.item()
+            if not abs(loss - base_loss) <= TOLERANCE[DTYPES[case.dtype]] * base_loss:
+                raise AssertionError(f"{name} starts from the loss {loss}, the base from {base_loss}")
+            step_bytes, resident_bytes = peak_memory(step, device), step.resident_bytes()
+            rows.append({**case._asdict(), "method": name, "trainable": sum(p.numel() for p in trainable(step.model)),
+                         "resident_bytes": resident_bytes, "step_bytes": step_bytes, "peak_bytes": resident_bytes + step_bytes})
+            steps[name] = step
     if not rounds:
         return rows
     timings = time_interleaved(steps, 0.0, device, warmup=WARMUP, min_rounds=rounds)
+    timed = []
     for row in rows:
         step, timing = steps[row["method"]], timings[row["method"]]
-        if not math.isfinite(step.loss.item()):
-            raise AssertionError(f"{row['method']} has the loss {step.loss.item()} after {rounds} rounds")
-        row |= {"tokens_per_s": tokens.numel() / timing.median_ms * 1e3, **timing._asdict()}
-    return rows
+        with noted(failures, f"{row['method']}, {case}"):
+            if not math.isfinite(step.loss.item()):
+                raise AssertionError(f"{row['method']} has the loss {step.loss.item()} after {rounds} rounds")
+            timed.append({**row, "tokens_per_s": tokens.numel() / timing.median_ms * 1e3, **timing._asdict()})
+    return timed
 
 
 def steps_of(rounds: int) -> int:
@@ -235,12 +242,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def summary(rows: list[dict], methods: tuple[str, ...]) -> str:
     """Tokens per second with the ratios of times, and peak memory, a line per case."""
-    cases: dict[Case, dict[str, dict]] = {}
-    for row in rows:
-        cases.setdefault(Case(*(row[field] for field in Case._fields)), {})[row["method"]] = row
     references = [name for name in REFERENCES if name in methods and "abba" in methods]
     speed, memory = [], []
-    for case, by_method in cases.items():
+    for key, by_method in by_case(rows, Case._fields).items():
+        case = Case(*key)
         head = [case.size, str(case.layers), case.dtype, f"{case.batch}×{case.length}", "on" if case.checkpointing else "off"]
         ratios = [by_method["abba"]["median_ms"] / by_method[name]["median_ms"] for name in references]
         speed.append(head + [f"{by_method[name]['tokens_per_s']:.0f}" for name in methods] + [f"{ratio:.2f}" for ratio in ratios])
@@ -259,19 +264,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     meta = metadata(device)
-    rows = []
+    about = {**meta, "methods": list(options.methods), "rounds": options.rounds,
+             "cases": [case._asdict() for case in options.cases]}
+    rows, failures = [], []
     with tqdm(total=len(options.cases) * len(options.methods) * steps_of(options.rounds), unit="step", file=sys.stderr) as bar:
         for case in options.cases:
             bar.set_postfix_str(f"{case.size} {case.dtype} {case.batch}×{case.length}")
-            rows += [{**row, **{key: meta[key] for key in ROW_METADATA}}
-                     for row in run_case(case, options.methods, options.rounds, device, bar.update)]
-            write_csv(options.out / "train.csv", rows)
-    write_json(options.out / "train.json", {**meta, "methods": list(options.methods), "rounds": options.rounds,
-                                            "cases": [case._asdict() for case in options.cases]})
+            with noted(failures, str(case)):
+                rows += [{**row, **{key: meta[key] for key in ROW_METADATA}}
+                         for row in run_case(case, options.methods, options.rounds, device, bar.update, failures)]
+            write_results(options.out / "train", rows, {**about, "failures": failures})
     print(summary(rows, options.methods))
     print(f"\n{meta['device']}, {meta['threads']} threads, torch {meta['torch']}, peft {meta['peft']}, commit "
           f"{meta['commit'] or 'unknown'}; {options.out / 'train.csv'}")
-    return 0
+    return report(failures)
 
 
 if __name__ == "__main__":

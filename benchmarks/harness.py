@@ -4,6 +4,8 @@ Methods are timed in turn, one run each per round in a new random order, so that
 alike. On the CPU each run also notes how long its threads waited for a core, and the calmer half of a method's runs
 counts. On a GPU every run starts with a cold L2 cache and is timed by CUDA events.
 """
+import collections
+import contextlib
 import csv
 import importlib.metadata
 import json
@@ -14,9 +16,11 @@ import random
 import re
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +38,26 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, tor
 def relative_error(got: Tensor, want: Tensor) -> float:
     """‖got − want‖ / ‖want‖ (Frobenius), computed in want's dtype."""
     return ((got.to(want.dtype) - want).norm() / want.norm()).item()
+
+
+@contextlib.contextmanager
+def noted(failures: list[str] | None, what: str) -> Iterator[None]:
+    """An exception within is printed and kept in failures, so that the rest is measured all the same; raised if that is None."""
+    try:
+        yield
+    except Exception as error:
+        if failures is None:
+            raise
+        failures.append(f"{what}: {type(error).__name__}: {str(error).split(chr(10))[0]}")
+        traceback.print_exc()
+        print(failures[-1], file=sys.stderr, flush=True)
+
+
+def report(failures: list[str]) -> int:
+    """Prints them; the exit status."""
+    for failure in failures:
+        print("FAILED", failure)
+    return 1 if failures else 0
 
 
 class Step:
@@ -263,7 +287,12 @@ WRITTEN = (":(top,exclude)benchmarks/results", ":(top,exclude)benchmarks/paper/r
 
 
 def commit() -> str:
-    """The short commit of this checkout, with "+" if tracked files other than WRITTEN differ; "" outside of one."""
+    """The short commit of this checkout, with "+" if tracked files other than WRITTEN differ; "" outside of one.
+
+    ABBA_COMMIT says it where there is only a copy of a checkout.
+    """
+    if given := os.environ.get("ABBA_COMMIT"):
+        return given
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
                               check=True).stdout.strip()
@@ -274,7 +303,7 @@ def commit() -> str:
 
 
 def metadata(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit, threads and time."""
+    """Device, versions, commit, threads and time; sm90 is whether the kernels for Hopper were asked for."""
     import abba_ext
 
     def version(package: str) -> str:
@@ -284,7 +313,7 @@ def metadata(device: torch.device) -> dict[str, Any]:
             return ""
 
     return {"device": device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
+            "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "sm90": os.environ.get("ABBA_SM90") == "1",
             "commit": commit(), "abba_ext": abba_ext.__version__, "torch": torch.__version__, "peft": version("peft"),
             "transformers": version("transformers"), "python": platform.python_version(),
             "cuda": torch.version.cuda if device.type == "cuda" else "",
@@ -312,6 +341,23 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a dictionary, indented."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_results(path: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """path.csv, if there are rows, and path.json."""
+    if rows:
+        write_csv(path.with_suffix(".csv"), rows)
+    write_json(path.with_suffix(".json"), about)
+
+
+def by_case(rows: list[dict[str, Any]], fields: tuple[str, ...]) -> dict[tuple, dict[str, dict[str, Any]]]:
+    """The rows as {case: {method: row}}; of a method that failed every value is NaN."""
+    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        methods = cases.setdefault(tuple(row[field] for field in fields),
+                                   collections.defaultdict(lambda: collections.defaultdict(lambda: math.nan)))
+        methods[row["method"]] = row
+    return cases
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

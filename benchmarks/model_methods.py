@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from baselines import InPlaceLora
-from peft import HiraConfig, LoHaConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from abba_ext import AbbaConfig, patch_model, reference
@@ -103,6 +103,8 @@ def _attach_lora(model: nn.Module, settings: Settings, **options) -> None:
 
 
 def _attach_hira(model: nn.Module, settings: Settings, **options) -> None:
+    from peft import HiraConfig  # since PEFT 0.21: an older one costs this method alone
+
     _refuse("hira", alpha=settings.alpha)
     _inject(model, HiraConfig(r=settings.rank, hira_dropout=settings.dropout, target_modules=settings.targets, **options),
             settings)

@@ -4,14 +4,16 @@
 
 Without a folder it takes the results measured last. Writes layer.png beside layer.csv and train.png beside train.csv, and
 replaces what stands between <!-- bench:begin --> and <!-- bench:end --> in the README, likewise "train" and "demo", if it has
-these markers. The demo's results are what examples/finetune_commonsense.py wrote with --output <folder>/demo/<method>.
+these markers; "bench-gpu" and "train-gpu" for results of a GPU. The demo's results are what examples/finetune_commonsense.py wrote with --output <folder>/demo/<method>.
 """
 import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
+import harness
 import matplotlib
 import model_methods
 from baselines import METHODS
@@ -36,12 +38,13 @@ ByCase = dict[Case, dict[str, dict[str, str]]]
 
 def by_case(rows: list[dict[str, str]], rank: int) -> ByCase:
     """The rows of one rank as {case: {method: row}}, in the order of the file."""
-    cases: ByCase = {}
-    for row in rows:
-        case = Case(*(int(row[field]) for field in Case._fields[:4]), row["dtype"])
-        if case.rank == rank:
-            cases.setdefault(case, {})[row["method"]] = row
-    return cases
+    return {Case(*map(int, key[:4]), key[4]): methods for key, methods in harness.by_case(rows, Case._fields).items()
+            if int(key[Case._fields.index("rank")]) == rank}
+
+
+def names_of(cases: Iterable[dict[str, dict[str, str]]]) -> list[str]:
+    """The methods, of which some may have failed in some cases."""
+    return list(dict.fromkeys(name for methods in cases for name in methods))
 
 
 def relative_time(methods: dict[str, dict[str, str]], name: str) -> float:
@@ -53,7 +56,7 @@ def draw(cases: ByCase, path: Path) -> None:
     """Time relative to the frozen base as grouped bars: a row of panels per dtype, a panel per layer, a group per T."""
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     layers = list(dict.fromkeys(case.layer for case in cases))
-    names = [name for name in next(iter(cases.values())) if name != "base"]
+    names = [name for name in names_of(cases.values()) if name != "base"]
     spare = iter(OTHER_COLOURS)
     colours = {name: COLOURS.get(name) or next(spare, "#000000") for name in names}
     groups = max(Counter((case.dtype, case.layer) for case in cases).values())
@@ -85,14 +88,14 @@ def draw(cases: ByCase, path: Path) -> None:
 
 def table(cases: ByCase) -> str:
     """Markdown: the frozen base in ms, every method relative to it, and peak memory beyond the frozen base's in MiB."""
-    names = [name for name in next(iter(cases.values())) if name != "base"]
+    names = [name for name in names_of(cases.values()) if name != "base"]
     first = next(iter(next(iter(cases.values())).values()))
     lines = ["| dtype | layer | T | frozen base, ms | " + " | ".join(METHODS[name].label for name in names) + " |",
              "|---" * (4 + len(names)) + "|"]
     for case, methods in cases.items():
         base_bytes = int(methods["base"]["peak_bytes"])
-        extra = {name: (int(methods[name]["peak_bytes"]) - base_bytes) / MIB for name in names}
-        cells = [f"{relative_time(methods, name):.2f}×, {extra[name]:+.1f} MiB" for name in names]
+        cells = [f"{relative_time(methods, name):.2f}×, {(int(methods[name]['peak_bytes']) - base_bytes) / MIB:+.1f} MiB"
+                 if name in methods else "–" for name in names]
         lines.append(f"| {case.dtype} | {case.layer} | {case.tokens} | {float(methods['base']['median_ms']):.2f} | "
                      + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"{MODE_NAMES[first['mode']].capitalize()} of one layer (T tokens, equal parameter "
@@ -105,12 +108,7 @@ def table(cases: ByCase) -> str:
 
 def train_cases(rows: list[dict[str, str]]) -> dict[tuple[str, ...], dict[str, dict[str, str]]]:
     """The rows as {case: {method: row}}, in the order of the file."""
-    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
-    for row in rows:
-        key = tuple(row[field] for field in ("size", "layers", "batch", "length", "rank", "dtype", "adapter_dtype",
-                                             "checkpointing"))
-        cases.setdefault(key, {})[row["method"]] = row
-    return cases
+    return harness.by_case(rows, ("size", "layers", "batch", "length", "rank", "dtype", "adapter_dtype", "checkpointing"))
 
 
 def train_title(row: dict[str, str]) -> str:
@@ -126,7 +124,7 @@ def train_model(row: dict[str, str]) -> str:
 def draw_train(rows: list[dict[str, str]], path: Path) -> None:
     """Tokens per second and peak memory as bars per method: a row of two panels per case."""
     cases = list(train_cases(rows).values())
-    names = list(cases[0])
+    names = names_of(cases)
     spare = iter(OTHER_COLOURS)
     colours = [TRAIN_COLOURS.get(name) or next(spare, "#000000") for name in names]
     labels = [model_methods.METHODS[name].label for name in names]
@@ -135,6 +133,7 @@ def draw_train(rows: list[dict[str, str]], path: Path) -> None:
     panels = (("tokens_per_s", 1, "tokens/s", "{:.0f}"), ("peak_bytes", GIB, "peak memory, GiB", "{:.2f}"))
     axes[0][0].invert_yaxis()
     for methods, pair in zip(cases, axes, strict=True):
+        title = train_title(next(iter(methods.values())))
         for ax, (field, unit, label, number) in zip(pair, panels, strict=True):
             bars = ax.barh(labels, [float(methods[name][field]) / unit for name in names], 0.78, color=colours, zorder=2)
             ax.bar_label(bars, fmt=number, padding=2, fontsize=8)
@@ -142,7 +141,7 @@ def draw_train(rows: list[dict[str, str]], path: Path) -> None:
             ax.margins(x=0.12)
             ax.grid(axis="x", linewidth=0.4, zorder=0)
             ax.spines[["top", "right"]].set_visible(False)
-        pair[0].set_title(train_title(methods[names[0]]), fontsize=10, loc="left")
+        pair[0].set_title(title, fontsize=10, loc="left")
     first = rows[0]
     figure.suptitle(f"Training step of a {train_model(first)}, r = {first['rank']}; {first['device']}", fontsize=10)
     figure.savefig(path, dpi=150)
@@ -154,16 +153,22 @@ def train_table(rows: list[dict[str, str]]) -> str:
     cases = list(train_cases(rows).values())
     titles = [train_title(next(iter(methods.values()))) for methods in cases]
     lines = ["| method | trained parameters | " + " | ".join(titles) + " |", "|---" * (2 + len(cases)) + "|"]
-    for name, row in cases[0].items():
+    for name in names_of(cases):
         cells = [f"{float(methods[name]['tokens_per_s']):.0f}/s, {int(methods[name]['peak_bytes']) / GIB:.2f} GiB"
-                 for methods in cases]
-        lines.append(f"| {model_methods.METHODS[name].label} | {int(row['trainable']):,} | " + " | ".join(cells) + " |")
+                 if name in methods else "–" for methods in cases]
+        trainable = next(int(methods[name]["trainable"]) for methods in cases if name in methods)
+        lines.append(f"| {model_methods.METHODS[name].label} | {trainable:,} | " + " | ".join(cells) + " |")
     first = rows[0]
     waited = max(float(row["wait_share"]) for row in rows)
     disturbed = f" Other processes disturbed it: for {waited:.0%} of the time a thread waited for a core."
     return "\n".join([*lines, "", f"Training step (forward, backward, AdamW) of a {train_model(first)}, equal parameter budget "
                       f"r = {first['rank']}: tokens per second, and peak memory with weights, gradients and optimizer state. "
                       + setting(first) + disturbed * (waited > DISTURBED)])
+
+
+def section(name: str, row: dict[str, str]) -> str:
+    """Results of a GPU have sections of their own, so that they do not take the place of a CPU's."""
+    return f"{name}-gpu" if row["device_type"] == "cuda" else name
 
 
 def setting(row: dict[str, str]) -> str:
@@ -226,11 +231,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not cases or any("base" not in methods for methods in cases.values()):
             parser.error(f"{results / 'layer.csv'} lacks the method 'base' or has no rows of rank {options.rank}")
         draw(cases, results / "layer.png")
-        sections["bench"] = table(cases)
+        sections[section("bench", next(iter(cases.values()))["base"])] = table(cases)
     if results and (results / "train.csv").exists():
         rows = read_csv(results / "train.csv")
         draw_train(rows, results / "train.png")
-        sections["train"] = train_table(rows)
+        sections[section("train", rows[0])] = train_table(rows)
     if not sections:
         parser.error(f"no layer.csv or train.csv in {results or 'benchmarks/results'}; run bench_layer.py or bench_train.py "
                      "first")

@@ -199,7 +199,7 @@ def test_bench_layer_end_to_end(tmp_path, capsys):
     assert list(rows[0]) == [
         "in_features", "out_features", "tokens", "rank", "dtype", "method", "mode", "note", "peak_bytes",
         "output_error", "grad_error", "median_ms", "p20_ms", "p80_ms", "min_ms", "wait_share", "runs", "device",
-        "device_type", "threads", "torch", "peft", "abba_ext", "commit"]
+        "device_type", "threads", "torch", "peft", "abba_ext", "commit", "sm90"]
     assert [(row["tokens"], row["method"]) for row in rows] == [(t, name) for t in ("8", "16") for name in methods]
 
     import plot
@@ -209,6 +209,26 @@ def test_bench_layer_end_to_end(tmp_path, capsys):
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| 32→48 | 16 |" in text
     assert (tmp_path / "layer.png").stat().st_size > 0
+
+
+def test_an_older_peft_costs_hira_alone(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    import peft
+    import plot
+
+    monkeypatch.delattr(peft, "HiraConfig")
+    assert bench_layer.main(["--device", "cpu", "--quick", "--shapes", "32x48", "--tokens", "8", "--ranks", "4", "--dtypes", "fp32",
+                             "--methods", "base", "hira_peft", "abba_ext", "--budget", "0.01", "--out", str(tmp_path)]) == 1
+    assert "FAILED hira_peft, Case(" in (printed := capsys.readouterr().out) and "'HiraConfig' from 'peft'" in printed
+    with (tmp_path / "layer.csv").open(encoding="utf-8") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["base", "abba_ext"]
+    assert plot.main([str(tmp_path), "--rank", "4", "--readme", str(tmp_path / "none")]) == 0
+
+
+def test_a_gpus_results_leave_a_cpus_sections_alone():
+    pytest.importorskip("matplotlib")
+    import plot
+    assert [plot.section("bench", {"device_type": kind}) for kind in ("cpu", "cuda")] == ["bench", "bench-gpu"]
 
 
 def test_readme_without_markers_is_left_alone(tmp_path):

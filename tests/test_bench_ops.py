@@ -92,11 +92,47 @@ def test_end_to_end(tmp_path, capsys):
     assert list(rows[0]) == [
         "op", "features", "layout", "tokens", "rank", "dtype", "factor_dtype", "method", "error", "median_us", "p20_us",
         "p80_us", "min_us", "wait_share", "runs", "gb_per_s", "tflop_per_s", "roofline_us", "roofline_share", "device",
-        "device_type", "threads", "torch", "abba_ext", "commit"]
+        "device_type", "threads", "torch", "abba_ext", "commit", "sm90"]
     assert len(rows) == 2 * 2 * 2 * 3 * 3  # dtypes, sides, tokens, operators, methods
     assert all(float(row["median_us"]) > 0 and row["roofline_us"] == "" for row in rows)
     result = json.loads((tmp_path / "ops.json").read_text(encoding="utf-8"))
     assert result["peaks"] is None and result["factors"] == "fp32" and result["torch"] == torch.__version__
+
+
+def test_a_method_that_fails_costs_its_row_alone(tmp_path, monkeypatch, capsys):
+    right = bench_ops.Problem.error
+
+    def error(self, method, truth):
+        if (method, self.case.op) == ("composite", "project"):
+            raise RuntimeError("planted")
+        return right(self, method, truth)
+
+    monkeypatch.setattr(bench_ops.Problem, "error", error)
+    monkeypatch.setenv("ABBA_SM90", "1")
+    monkeypatch.setenv("ABBA_COMMIT", "1234567")
+    assert bench_ops.main(["--device", "cpu", "--quick", "--shapes", "32x32", "--tokens", "8", "--ranks", "4", "--dtypes", "fp32",
+                           "--budget", "0", "--out", str(tmp_path)]) == 1
+    assert "\nFAILED composite, OpCase(op='project'" in capsys.readouterr().out
+    with (tmp_path / "ops.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (3 * 3 - 1) and {(row["sm90"], row["commit"]) for row in rows} == {("True", "1234567")}
+    result = json.loads((tmp_path / "ops.json").read_text(encoding="utf-8"))
+    assert len(result["failures"]) == 2 and result["failures"][0].endswith("RuntimeError: planted") and result["sm90"] is True
+
+
+def test_the_cases_before_an_interruption_are_kept(tmp_path, monkeypatch):
+    right = bench_ops.run_case
+
+    def run_case(case, *arguments):
+        if case.op == "factor_grad":
+            raise KeyboardInterrupt
+        return right(case, *arguments)
+
+    monkeypatch.setattr(bench_ops, "run_case", run_case)
+    with pytest.raises(KeyboardInterrupt):
+        bench_ops.main(["--device", "cpu", "--quick", "--shapes", "32x32", "--tokens", "8", "--ranks", "4", "--dtypes", "fp32",
+                        "--budget", "0", "--out", str(tmp_path)])
+    assert len((tmp_path / "ops.csv").read_text().splitlines()) == 1 + 2 * 3 and (tmp_path / "ops.json").exists()
 
 
 def test_odd_ranks_are_refused(capsys):

@@ -239,7 +239,7 @@ def test_end_to_end(tiny, tmp_path, capsys):
     assert list(rows[0]) == [
         "size", "layers", "batch", "length", "rank", "dtype", "adapter_dtype", "checkpointing", "method", "trainable",
         "resident_bytes", "step_bytes", "peak_bytes", "tokens_per_s", "median_ms", "p20_ms", "p80_ms", "min_ms", "wait_share",
-        "runs", "device", "device_type", "threads", "torch", "transformers", "peft", "abba_ext", "commit"]
+        "runs", "device", "device_type", "threads", "torch", "transformers", "peft", "abba_ext", "commit", "sm90"]
     assert [row["method"] for row in rows] == ["base", "abba"] * 4
     for row in rows:
         assert float(row["tokens_per_s"]) == pytest.approx(2 * int(row["length"]) / float(row["median_ms"]) * 1e3, rel=1e-4)
@@ -253,6 +253,34 @@ def test_end_to_end(tiny, tmp_path, capsys):
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| ABBA (abba_ext) | " in text
     assert "bf16, 2×8, checkpointing" in text and (tmp_path / "train.png").stat().st_size > 0
+
+
+def test_a_method_that_fails_costs_its_row_alone(tiny, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    def no_hira(model, settings):
+        raise ImportError("cannot import name 'HiraConfig'")
+
+    def diverge(steps, *arguments, **options):
+        timings = right(steps, *arguments, **options)
+        if steps["lora"].model.is_gradient_checkpointing:
+            steps["lora"].loss.fill_(math.nan)
+        return timings
+
+    right = bench_train.time_interleaved
+    monkeypatch.setattr(bench_train, "time_interleaved", diverge)
+    monkeypatch.setitem(METHODS, "hira", model_methods.ModelMethod("HiRA", no_hira))
+    assert bench_train.main(["--device", "cpu", "--quick", "--layers", "1", "--length", "8", "--batch", "2", "--rank", "4",
+                             "--checkpointing", "off", "on", "--methods", "base", "hira", "lora", "--rounds", "1",
+                             "--dtypes", "fp32", "--out", str(tmp_path)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert [line.split()[1] for line in failed] == ["hira,", "hira,", "lora,"]
+    assert failed[0].endswith("cannot import name 'HiraConfig'") and "has the loss nan" in failed[2]
+    with (tmp_path / "train.csv").open(encoding="utf-8") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["base", "lora", "base"]
+    assert plot.main([str(tmp_path), "--readme", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out.splitlines()[3].endswith(" GiB | – |")
 
 
 @pytest.mark.parametrize("arguments, message", [
