@@ -170,7 +170,7 @@ def packages_step(wheels: Path | None) -> Step:
     if not missing:
         return Step("packages", [], 0, reason="nothing is missing")
     if not wheels:
-        return Step("packages", [], 0, reason=f"not installed: {', '.join(missing)}; --wheels can name a folder with them")
+        return Step("packages", [], 0, reason=f"not installed or too old: {', '.join(missing)}; --wheels can name a folder with them")
     install = (f"{sys.executable} -m pip install --no-index --no-deps --no-compile --upgrade --target '{SITE}' "
                f"--find-links '{wheels.resolve()}'")
     script = "status=0; for name in " + " ".join(missing) + f"; do {install} \"$name\" || status=1; done; exit $status"

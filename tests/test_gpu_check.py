@@ -91,7 +91,7 @@ def test_the_line_that_tells(log, line):
 def test_missing_packages_come_from_the_wheels(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "PACKAGES", {"torch": "2.11", "no-such-package": "1", "pytest": "999"})
     assert gpu_check.missing_packages() == ["no-such-package", "pytest"]
-    assert gpu_check.packages_step(None).reason.startswith("not installed: no-such-package, pytest;")
+    assert gpu_check.packages_step(None).reason.startswith("not installed or too old: no-such-package, pytest;")
     assert "--no-index" in gpu_check.packages_step(tmp_path).command[-1]
     monkeypatch.setattr(gpu_check, "PACKAGES", {"torch": "2.11"})
     assert gpu_check.packages_step(tmp_path).reason == "nothing is missing"
