@@ -280,7 +280,8 @@ def compile_for_device(source: Path, target: Path, architecture: str):
         nvcc = cuda_toolkit.find_nvcc()
     except cuda_toolkit.Unusable as reason:
         pytest.skip(f"the wrappers cannot be compiled for a GPU: {reason}")
-    command = [nvcc, "-shared", "-Xcompiler", "-fPIC", "-std=c++20", f"-ccbin={emulator.CXX}", f"-arch=sm_{architecture}",
+    command = [nvcc, "-shared", "-Xcompiler", "-fPIC", "-std=c++20", f"-ccbin={emulator.CXX}",
+               f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
                "-I", emulator.ROOT / "csrc", "-o", target, emulator.ROOT / source]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

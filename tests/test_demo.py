@@ -60,7 +60,7 @@ def full_forward_losses(model, feature):
     """Negative log-likelihoods of the answer's tokens, by one unpadded forward."""
     labels = torch.tensor(feature["labels"][1:])
     with torch.inference_mode():
-        logits = model(torch.tensor([feature["input_ids"]])).logits[0, :-1]
+        logits = model(torch.tensor([feature["input_ids"]], device=model.device)).logits[0, :-1].cpu()
     return cross_entropy(logits, labels, reduction="none")[labels != -100]
 
 
@@ -71,9 +71,9 @@ def test_padding_and_trimmed_logits_leave_scores_unchanged(finetune, tiny_model,
     items = commonsense.load_jsonl(QUESTIONS)
     features = [finetune.encode(tokenizer, item, item.answer, args.max_length, end=True) for item in items]
     with torch.inference_mode():
-        batched = model(**finetune.collate(features, tokenizer.pad_token_id)).loss
+        batched = model(**finetune.to_device(finetune.collate(features, tokenizer.pad_token_id), model.device)).loss
     expected = torch.cat([full_forward_losses(model, feature) for feature in features]).mean()
-    torch.testing.assert_close(batched, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batched.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_accuracy_is_that_of_one_full_forward_per_answer(finetune, packing, tiny_model, commonsense):

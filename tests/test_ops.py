@@ -5,14 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DTYPES, assert_close_to_truth, assert_no_worse_than, dense_kr
+from oracle import DTYPES, assert_close_to_truth, assert_no_worse_than, assert_right_on_gpu, dense_kr
 
 from abba_ext import ops, reference
 
 # Rank pairs: 1, unequal, not multiples of 8, the usual ones. Sizes: one block, ragged blocks, more than one chunk.
 RANKS = [(1, 1), (1, 7), (3, 5), (8, 8), (16, 16), (9, 33)]
 SIZES = [(1, 1), (5, 63), (33, 65), (130, 200)]
-CPU = backends.get("cpu")
+CPU, GPU = backends.get("cpu"), backends.Device("cuda")
 
 
 def draw(*shape, dtype, seed, layout="rD"):
@@ -30,18 +30,21 @@ def case(tokens, features, r1, r2, dtype, layout="rD", factor_dtype=None):
 
 
 def check_all(x, f1, f2, v, s=0.37, backend=CPU):
+    def assert_right(*results):
+        assert_right_on_gpu(*results, x.dtype) if backend == GPU else assert_no_worse_than(*results)
+
     # Eager torch in the same dtype. The CUDA kernels round float32 masters to x's dtype first; so does eager beside them.
     factor_dtype = f1.dtype if backend is CPU else x.dtype
     kr = dense_kr(f1, f2)
     u = backend.project(x, f1, f2)
     assert u.dtype == x.dtype
     e1, e2 = f1.to(factor_dtype), f2.to(factor_dtype)
-    assert_no_worse_than(u, reference.project(x, e1, e2), x.double() @ kr.t(), "project")
+    assert_right(u, reference.project(x, e1, e2), x.double() @ kr.t(), "project")
 
     y = x.clone()
     backend.expand_(y, v, f1, f2, s)
     eager = x + reference.expand(v, e1, e2, s)
-    assert_no_worse_than(y, eager, x.double() + s * v.double() @ kr, "expand_")
+    assert_right(y, eager, x.double() + s * v.double() @ kr, "expand_")
 
     df1, df2 = backend.factor_grad(x, v, f1, f2, s)
     p = (v.double().t() @ x.double()).view(f1.size(0), f2.size(0), -1)
@@ -50,7 +53,7 @@ def check_all(x, f1, f2, v, s=0.37, backend=CPU):
     (reference.project(x, *(leaf.to(factor_dtype) for leaf in leaves)) * v).sum().mul(s).backward()  # eager's own gradient in this dtype
     for name, grad, factor, leaf, truth in zip(("df1", "df2"), (df1, df2), (f1, f2), leaves, truths):
         assert grad.dtype == factor.dtype and grad.shape == factor.shape
-        assert_no_worse_than(grad, leaf.grad, truth, name)
+        assert_right(grad, leaf.grad, truth, name)
 
 
 @pytest.mark.parametrize("name, dtype", backends.cases(DTYPES))
