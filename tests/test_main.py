@@ -196,7 +196,7 @@ def test_inspect_reports_what_is_not_finite(value, saved, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(broken)]) == 1
     assert error_line(capsys) == "abba-ext: error: classifier.weight holds NaN or infinity"
-    break_adapter(broken, "base_model.model.bert.encoder.layer.0.attention.self.query.abba_A1", value)
+    break_adapter(broken, "base_model.model.bert.encoder.layer.0.attention.self.query.abba_A1.weight", value)
     assert main(["inspect", str(broken)]) != 0
     line = error_line(capsys)
     assert "query" in line and "a1 must be finite" in line

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import json
+import math
 import os
 import pickle
 import re
@@ -417,6 +418,15 @@ def test_weighted_sum_of_adapters(kind, tmp_path):
     assert torch.equal(loaded(IDS), model(IDS))
 
 
+def test_weighted_sum_where_one_name_ends_another():
+    net = nn.ModuleDict({"fc": nn.Linear(6, 6), "sub": nn.ModuleDict({"fc": nn.Linear(6, 6)})})
+    model = get_peft_model(net, AbbaPeftConfig(r=4, target_modules=["fc"], rank_pattern={"^fc": 8}, init_weights=False))
+    model.add_weighted_adapter(["default"], [2.0], "sum")
+    for name in ("fc", "sub.fc"):
+        layer = model.get_submodule(f"base_model.model.{name}")
+        torch.testing.assert_close(layer.get_delta_weight("sum"), 2.0 * layer.get_delta_weight("default"))
+
+
 def test_truncated_sum_is_the_best_of_its_rank():
     model = two_adapters()
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="svd", svd_rank=2)
@@ -458,6 +468,13 @@ def test_default_targets_are_those_of_patch_model(name):
     model.add_adapter("other", AbbaPeftConfig(r=4))
     assert all("other" in module.abba_A1 for module in model.modules() if isinstance(module, AbbaTunerLayer))
     model(**architectures.inputs(name)).loss.backward()
+
+
+@pytest.mark.parametrize("blocks, pattern", [([1], None), (1, "layers"), ([1], ["h", "layers"]), ([0, 1], None), ([], None)])
+def test_default_targets_of_some_blocks(blocks, pattern):
+    model = get_peft_model(architectures.build("llama"), AbbaPeftConfig(r=4, layers_to_transform=blocks, layers_pattern=pattern))
+    found = {int(name.split("layers.")[1][0]) for name, module in model.named_modules() if isinstance(module, AbbaTunerLayer)}
+    assert found == ({1} if blocks in (1, [1]) else {0, 1})
 
 
 def test_all_linear_for_a_second_adapter():
@@ -571,8 +588,8 @@ def test_from_pretrained(tmp_path, low_cpu_mem_usage, monkeypatch):
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
         auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
         assert torch.equal(auto(**batch).logits, model(**batch).logits)
-        keys = {key.rsplit(".", 1)[-1] for key in peft.get_peft_model_state_dict(model) if "self_attn" in key}
-        assert keys == set(FACTORS)
+        keys = {key.split("_proj.")[1] for key in peft.get_peft_model_state_dict(model) if "self_attn" in key}
+        assert keys == {f"{key}.weight" for key in FACTORS}
         card = (tmp_path / "adapter" / "README.md").read_text()
         assert "library_name: peft" in card and "base_model:" in card
 
@@ -660,6 +677,40 @@ def test_trl_sft_trainer(tmp_path, tiny_model):
     torch.testing.assert_close(loaded.eval()(ids).logits.float(), trainer.model.eval()(ids).logits.float())
 
 
+def test_trl_finds_the_factors_of_an_adapter(tmp_path, tiny_model):
+    """DPO of a trained adapter: TRL copies it for the reference, whose log-probabilities are then the policy's."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), AbbaPeftConfig(r=4, task_type="CAUSAL_LM"))
+    for layer in (module for module in model.modules() if isinstance(module, AbbaTunerLayer)):
+        nn.init.normal_(layer.abba_B2["default"], std=0.1)
+    data = Dataset.from_list([{"prompt": "one two", "chosen": "three four", "rejected": "five six"}] * 4)
+    args = trl.DPOConfig(**arguments(tmp_path, max_steps=1), bf16=False, gradient_checkpointing=False)
+    trainer = trl.DPOTrainer(model, args=args, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(tiny_model))
+    factors = {name: value for name, value in trainer.model.named_parameters() if "abba_" in name and ".default." in name}
+    assert factors and all(torch.equal(value, trainer.model.get_parameter(name.replace(".default.", ".ref.")))
+                           for name, value in factors.items())
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"autocast_adapter_dtype": False}], ids=str)
+def test_only_the_active_adapter_is_trainable(options, tmp_path):
+    def trainable(model, adapter):
+        return {parameter.requires_grad for name, parameter in model.named_parameters() if name.endswith(f".{adapter}.weight")}
+
+    model = get_peft_model(Net(torch.bfloat16), config(), **options)
+    model.save_pretrained(tmp_path)
+    model.add_adapter("other", config(), **options)
+    assert trainable(model, "default") == {True} and trainable(model, "other") == {False}
+    loaded = PeftModel.from_pretrained(Net(torch.bfloat16), tmp_path, **options)
+    assert trainable(loaded, "default") == {False}
+    loaded.load_adapter(tmp_path, "another", **options)
+    assert trainable(loaded, "another") == {False}
+
+
 def test_modules_to_save_and_bias(tmp_path):
     model = get_peft_model(Net(), config(target_modules=["up", "embed"], modules_to_save=["down"], bias="abba_only"))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "abba_" not in name}
@@ -698,7 +749,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_injection_without_a_peft_model():
     model = inject_adapter_in_model(config(), Net())
     state = peft.get_peft_model_state_dict(model)
-    assert {key.rsplit(".", 1)[-1] for key in state} == set(FACTORS)
+    assert {key.split(".", 1)[1] for key in state} == {f"{key}.weight" for key in FACTORS}
     other = inject_adapter_in_model(config(), Net())
     assert not peft.set_peft_model_state_dict(other, state).unexpected_keys
     assert torch.equal(other(IDS), model(IDS))

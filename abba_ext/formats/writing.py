@@ -113,7 +113,7 @@ def _write_own(adapter: Adapter, folder: str, dtype: torch.dtype | None) -> dict
 
 def _write_peft(adapter: Adapter, folder: str, dtype: torch.dtype | None, task_type: str | None) -> dict[str, Any]:
     rules = config_of(adapter.layers).to_dict()
-    state = {f"{PEFT_PREFIX}{name}.{key}": _cast(factor, dtype, name) for name, layer in adapter.layers.items()
+    state = {f"{PEFT_PREFIX}{name}.{key}.weight": _cast(factor, dtype, name) for name, layer in adapter.layers.items()
              for key, factor in zip(FACTORS, (layer.a1, layer.b1, layer.a2, layer.b2), strict=True)}
     config = {"peft_type": "ABBA", "task_type": task_type, "base_model_name_or_path": adapter.base_model, "inference_mode": True,
               "modules_to_save": _save_heads(adapter, state)}

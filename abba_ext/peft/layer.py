@@ -14,10 +14,24 @@ from ..layers import FACTORS, init_factors
 from .config import AbbaPeftConfig
 
 
+class FactorDict(nn.ModuleDict):
+    """One of the four factors by adapter name. A module holds each, so that a factor is named "abba_A1.default.weight" as LoRA's are:
+    TRL, for one, finds what belongs to an adapter by ".default." in its name."""
+
+    def __getitem__(self, adapter: str) -> nn.Parameter:
+        return super().__getitem__(adapter).weight
+
+    def __setitem__(self, adapter: str, factor: Tensor) -> None:
+        """A factor in place of another is trainable if that was."""
+        holder = nn.Module()
+        holder.weight = nn.Parameter(factor.detach(), (self[adapter] if adapter in self else factor).requires_grad)
+        super().__setitem__(adapter, holder)
+
+
 class AbbaTunerLayer(nn.Module, BaseTunerLayer):
     """Adds ΔW = s·(B1 A1) ⊙ (B2 A2) of every active adapter to the weight W0 [m, n] of the wrapped layer.
 
-    Parameters by adapter name: abba_A1 [r1, n], abba_B1 [m, r1], abba_A2 [r2, n], abba_B2 [m, r2].
+    Factors by adapter name: abba_A1 [r1, n], abba_B1 [m, r1], abba_A2 [r2, n], abba_B2 [m, r2]; see :class:`FactorDict`.
 
     Args:
         base_layer: The layer to adapt; see :func:`abba_ext.bases.refusal`.
@@ -42,7 +56,7 @@ class AbbaTunerLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"target {name!r} {reason}")
         self.in_features, self.out_features = bases.features(self.adapted)
         for key in FACTORS:
-            setattr(self, key, nn.ParameterDict())
+            setattr(self, key, FactorDict())
         self.abba_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}

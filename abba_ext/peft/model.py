@@ -32,7 +32,7 @@ class AbbaModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: AbbaPeftConfig, model_config: dict) -> AbbaPeftConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
-            peft_config.target_modules = _default_targets(self.model)
+            peft_config.target_modules = _default_targets(self.model, peft_config)
         return peft_config
 
     def _check_new_adapter_config(self, config: AbbaPeftConfig) -> None:
@@ -158,7 +158,7 @@ class AbbaModel(BaseTuner):
             products = {name: truncated_product(*product, rank)[:2] for name, product in products.items()}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]], r=None, r1=1, r2=1, scaling=1.0, alpha_pattern={}, init_weights="random",
-            rank_pattern={re.escape(name): (a1.size(0), 1) for name, (_, a1) in products.items()},
+            rank_pattern={"^" + re.escape(name): (a1.size(0), 1) for name, (_, a1) in products.items()},
             target_modules=list(products), exclude_modules=None, layers_to_transform=None, layers_pattern=None)
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
@@ -184,13 +184,19 @@ class AbbaModel(BaseTuner):
             raise ValueError(f"combination_type must be one of {', '.join(map(repr, COMBINATIONS))}, got {combination_type!r}")
 
 
-def _default_targets(model: nn.Module) -> list[str]:
-    """What patch_model adapts by default; in a model with adapters, the layers that they wrap."""
-    wrappers = [name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+def _default_targets(model: nn.Module, config: AbbaPeftConfig) -> set[str]:
+    """What patch_model adapts by default, in the blocks that the config names; in a model with adapters, the layers that they wrap."""
+    blocks, patterns = ([value] if isinstance(value, (int, str)) else list(value or ())
+                        for value in (config.layers_to_transform, config.layers_pattern))
+    block_of = [re.compile(rf"(?:^|.*?\.){pattern}\.(\d+)\.") for pattern in patterns or ["[^.]*"]]  # PEFT's rule
+    wrappers = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     names = set()
     for name in find_targets(model, AbbaConfig()):
+        block = next(filter(None, (pattern.match(name) for pattern in block_of)), None)
+        if blocks and not (block and int(block[1]) in blocks):
+            continue  # here: PEFT asks no more about a name that target_modules holds in full
         inside = re.sub(r"\.base_layer\b", "", name)
-        if inside != name or not name.startswith(tuple(wrappers)):
+        if inside != name or not name.startswith(wrappers):
             names.add(inside)
     return names
 

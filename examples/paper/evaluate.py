@@ -60,6 +60,8 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     if (args.adapter / PEFT_CONFIG_NAME).exists():
         import peft
 
+        from abba_ext.peft import AbbaPeftConfig  # noqa: F401  (the import makes the method known)
+
         model = peft.PeftModel.from_pretrained(model, args.adapter)
         return (model.merge_and_unload(safe_merge=True) if args.merge else model).eval()
     abba_ext.load_adapter(model, args.adapter)
