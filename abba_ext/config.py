@@ -29,6 +29,12 @@ def matches(pattern: str, name: str) -> bool:
         return False
 
 
+def peft_pattern(pattern: str) -> str:
+    """The regular expression of all names that a pattern of PEFT's rank_pattern and alpha_pattern fits: those that end in it,
+    after a dot or as a whole."""
+    return rf"(.*\.)?({pattern})"
+
+
 @dataclass(frozen=True)
 class AbbaConfig:
     """ABBA: ΔW = s·(B1 A1) ⊙ (B2 A2), with B1 A1 of rank r1 and B2 A2 of rank r2 (arXiv 2505.14238).

@@ -449,6 +449,23 @@ def test_peft_abba_of_peft_itself(tmp_path):
     assert_close_to_truth(logits(again.eval(), "llama"), truth, 1e-6)
 
 
+PATTERNS = [("alpha_pattern", r"self_attn\..*", 3.0), ("alpha_pattern", "(q|up)_proj", 3.0), ("alpha_pattern", "j", 3.0),
+            ("rank_pattern", "(q|k)_proj", 8), ("rank_pattern", r"mlp\..*", [1, 4]), ("rank_pattern", r"^model\..*q_proj", 8)]
+
+
+@pytest.mark.parametrize("key, pattern, value", PATTERNS, ids=str)
+def test_patterns_fit_as_they_do_in_peft(key, pattern, value, tmp_path):
+    from abba_ext.peft import AbbaPeftConfig
+
+    config = AbbaPeftConfig(r=4, alpha=2.0, target_modules=["q_proj", "k_proj", "up_proj"], init_weights=False,
+                            **{key: {pattern: value}})
+    model = randomize(peft.get_peft_model(architectures.build("llama"), config)).eval()
+    model.save_pretrained(tmp_path / "peft")
+    adapter = read(tmp_path / "peft")
+    assert len({(value.ranks, value.scale) for value in adapter.layers.values()}) == (1 if pattern == "j" else 2)
+    assert_close_to_truth(logits(model, "llama"), dense_logits("llama", adapter.layers), 1e-6)
+
+
 def test_a_model_tells_the_kinds(tmp_path):
     saved("llama", tmp_path / "abba", AbbaConfig(r=4, init="random", target_modules=["embed_tokens", "q_proj"]))
     base = architectures.build("llama")
@@ -500,6 +517,7 @@ DAMAGES = {
     "infinite alpha": (lambda s, c: c.update(alpha=float("inf")), "alpha must be finite"),
     "alpha of words": (lambda s, c: c.update(alpha="one"), "alpha must be a number"),
     "pattern": (lambda s, c: c.update(rank_pattern={"(": 3}), "is not a regular expression"),
+    "pattern is no object": (lambda s, c: c.update(alpha_pattern=[1]), "alpha_pattern must be a JSON object"),
     "base model": (lambda s, c: c.update(base_model_name_or_path=[1]), "base_model_name_or_path must be a string"),
     "modules_to_save": (lambda s, c: c.update(modules_to_save="x"), "modules_to_save must be a list"),
     "another type": (lambda s, c: c.update(peft_type="LOHA"), "cannot tell the format.*'peft', and peft_type is 'LOHA'"),

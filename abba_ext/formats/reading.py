@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..bases import features, is_linear, refusal
 from ..checkpoint import FORMAT, WEIGHTS_NAME, read_adapter
-from ..config import AbbaConfig
+from ..config import AbbaConfig, peft_pattern
 from ..layers import FACTORS, AbbaLayer
 from ..patching import find_layer
 from .adapter import LOHA_FACTORS, PEFT_CONFIG_NAME, PEFT_PREFIX, Adapter, LayerFactors
@@ -199,8 +199,10 @@ def _from_own(description: dict[str, Any], state: dict[str, Tensor]) -> Adapter:
 
 def _from_peft(state: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, LayerFactors], dict[str, Tensor]]:
     _require(config, "alpha", "scaling")
-    fields = ("r", "r1", "r2", "alpha", "scaling", "rank_pattern", "alpha_pattern")
-    rules = AbbaConfig(**{key: config[key] for key in fields if config.get(key) is not None})
+    fields = {key: config[key] for key in ("r", "r1", "r2", "alpha", "scaling") if config.get(key) is not None}
+    for key in ("rank_pattern", "alpha_pattern"):
+        fields[key] = {peft_pattern(pattern): value for pattern, value in _patterns(config, key).items()}
+    rules = AbbaConfig(**fields)
     found, rest = _sorted_keys(state, FACTORS)
     layers = {name: _layer(name, factors, rules.ranks(name), rules.scale(name)) for name, factors in found.items()}
     return layers, _trained_in_full(rest, config)
@@ -342,12 +344,17 @@ def _looked_up(layers: dict[str, LayerFactors], model: nn.Module) -> dict[str, L
     return found
 
 
-def _by_pattern(config: dict[str, Any], key: str, name: str, default):
-    """The value of the first pattern that fits the end of the name, as PEFT matches them."""
+def _patterns(config: dict[str, Any], key: str) -> dict[str, Any]:
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{key} must be a JSON object, got {patterns!r}")
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+    return patterns
+
+
+def _by_pattern(config: dict[str, Any], key: str, name: str, default):
+    """The value of the first pattern that fits the name."""
+    fitting = (value for pattern, value in _patterns(config, key).items() if re.fullmatch(peft_pattern(pattern), name))
+    return next(fitting, default)
 
 
 def _require(config: dict[str, Any], *keys: str) -> None:

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftType
 
-from ..config import AbbaConfig
+from ..config import AbbaConfig, peft_pattern
 
 
 @dataclass
@@ -78,6 +78,6 @@ class AbbaPeftConfig(PeftConfig):
         fields = {name: getattr(self, name) for name in (
             "r", "r1", "r2", "alpha", "scaling", "target_modules", "target_parameters", "exclude_modules",
             "layers_to_transform", "bias", "modules_to_save", "seed", "recompute_u")}
-        patterns = {name: {rf"(.*\.)?({pattern})": value for pattern, value in getattr(self, name).items()}
-                    for name in ("rank_pattern", "alpha_pattern")}  # PEFT's rule: the pattern ends the name, after a dot
+        patterns = {name: {peft_pattern(pattern): value for pattern, value in getattr(self, name).items()}
+                    for name in ("rank_pattern", "alpha_pattern")}
         return AbbaConfig(**{"init": init, "dropout": self.abba_dropout, **fields, **patterns, **changes})
