@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .bases import ParameterBase
+from .checkpoint import tied_parameters
 from .formats.adapter import PEFT_CONFIG_NAME
 from .patching import base_name
 
@@ -121,15 +122,18 @@ class BaseCheckpoint:
 
     @functools.cached_property
     def _aliases(self) -> dict[str, list[str]]:
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        return {name: aliases for aliases in names.values() for name in aliases}
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        tied = tied_parameters(self.model)
+        return {name: [name, *tied.get(name, ())] for name in names}
+
+    def aliases(self, parameter: str) -> list[str]:
+        """The other names of a parameter of :attr:`model`; none if it is no parameter."""
+        return self._aliases.get(parameter, [])[1:]
 
     def tied_to(self, parameter: str) -> list[str]:
         """The parameters of other modules of :attr:`model` that are the same tensor."""
         owner = self.model.get_submodule(parameter.rpartition(".")[0])
-        return [alias for alias in self._aliases[parameter]
+        return [alias for alias in self.aliases(parameter)
                 if self.model.get_submodule(alias.rpartition(".")[0]) is not owner]
 
     def keys(self, parameter: str) -> list[str]:

@@ -74,6 +74,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         "config": patch.config.to_dict(),
         "layers": {name: _describe(layer) for name, layer in abba_layers(model).items()},
         "trained_base_parameters": list(patch.originals),
+        "tied": {name: others for name, others in tied_parameters(model).items() if name in patch.originals},
     }
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         write_adapter(directory, state, description)
@@ -141,7 +142,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     layers, trained = description["layers"], description["trained_base_parameters"]
     if not is_patched(model):
         check_patchable(model)
-    _check_state(model, layers, trained, state)
+    _check_state(model, layers, trained, state, description.get("tied", {}))
     name, base_name = _base_model_name(model), description["base_model_name_or_path"]
     if name and base_name and os.path.basename(name.rstrip("/")) != os.path.basename(base_name.rstrip("/")):
         warnings.warn(f"the adapter was trained on {base_name!r} and is loaded into {name!r}", stacklevel=2)
@@ -189,7 +190,8 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         complete = (description["format"] == FORMAT and isinstance(version, int) and layers
                     and isinstance(description["config"], dict)
                     and all(isinstance(name, str) for name in description["trained_base_parameters"])
-                    and isinstance(description["base_model_name_or_path"], str | None))
+                    and isinstance(description["base_model_name_or_path"], str | None)
+                    and all(isinstance(other, str) for others in description.get("tied", {}).values() for other in others))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no adapter of abba_ext: its metadata lacks or garbles {error}") from None
     if not complete:
@@ -211,7 +213,33 @@ def _checksum(text: str, state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], state: dict[str, Tensor]) -> None:
+def tied_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """The other names of every parameter that has several, by each of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in named_parameters(model, remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: [other for other in found if other != name] for found in names.values() for name in found if len(found) > 1}
+
+
+def tie_problem(name: str, trained_as: list[str] | None, tied: list[str]) -> str | None:
+    """Why a parameter that was trained in full cannot be put where another set of names is one tensor with it, or None.
+
+    Args:
+        name: The parameter.
+        trained_as: The other names of the tensor that was trained; None if the file does not tell.
+        tied: Its other names where it is put.
+    """
+    if trained_as is None or set(trained_as) == set(tied):
+        return None
+    if set(tied) - set(trained_as):
+        return (f"{name!r} was trained as a tensor of its own, but the model ties it to {', '.join(tied)}, which it would change "
+                "too; untie them first, or merge the adapter in PEFT (merge_and_unload)")
+    return (f"{name!r} was trained for {', '.join(trained_as)} too, which the model does not tie to it; use the model that it was "
+            "trained on")
+
+
+def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], state: dict[str, Tensor],
+                 ties: dict[str, list[str]]) -> None:
     """Everything that could fail, before anything changes."""
     modules = {name: find_layer(model, name) for name in layers}
     patched = set(abba_layers(model))
@@ -246,9 +274,11 @@ def _check_state(model: nn.Module, layers: dict[str, dict], trained: list[str], 
             problems.append(f"{name!r} has ranks {ranks} in the model, ({r1}, {r2}) in the file")
         shapes |= {f"{name}.{key}": (*stack_shape(module), *shape)
                    for key, shape in zip(FACTORS, ((r1, n), (m, r1), (r2, n), (m, r2)), strict=True)}
-    parameters = dict(named_parameters(model))
+    parameters, tied = dict(named_parameters(model)), tied_parameters(model)
     for name in trained:
-        if name in parameters:
+        if problem := tie_problem(name, ties.get(name), tied.get(name, [])):
+            problems.append(problem)
+        elif name in parameters:
             shapes[name] = tuple(full_shape(parameters[name]))
         else:
             problems.append(f"the model has no parameter {name!r}")

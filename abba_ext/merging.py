@@ -18,7 +18,7 @@ from torch import Tensor
 from . import reference
 from .base_checkpoint import CONFIG_NAME, BaseCheckpoint, StoredTensor
 from .bases import features, refusal, to_layout
-from .checkpoint import replace_file
+from .checkpoint import replace_file, tie_problem
 from .formats import Adapter, LayerFactors, read
 from .patching import find_layer
 
@@ -143,6 +143,13 @@ def plan_changes(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, Laye
         changes |= dict.fromkeys(keys, LayerUpdate(factors, transposed))
     for name, value in adapter.trained.items():
         keys = checkpoint.keys(name)
+        equal = [other for other, tensor in adapter.trained.items() if torch.equal(tensor, value)]  # copies that stay one
+        tied = [alias for alias in checkpoint.aliases(name) if alias not in equal]
+        trained_as = [alias for alias in adapter.tied[name] if alias not in equal] if name in adapter.tied else None
+        problem = tie_problem(name, trained_as, tied)
+        if problem:
+            problems.append(problem)
+            continue
         if not keys:
             problems.append(f"{name!r}, which was trained in full, is not stored in the base")
         for key in keys:
@@ -150,7 +157,7 @@ def plan_changes(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, Laye
             if stored.shape != tuple(value.shape) or stored.dtype is None:
                 problems.append(f"{name!r} must be {list(stored.shape)} {stored.stored_dtype} as in the base, got "
                                 f"{list(value.shape)} {value.dtype}")
-            elif key in changes:
+            elif isinstance(changes.get(key), LayerUpdate):
                 problems.append(f"{name!r} is both adapted and trained in full")
             changes[key] = value
     if problems:

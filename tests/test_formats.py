@@ -214,6 +214,55 @@ def test_heads_are_saved_whole(tmp_path):
     assert_close_to_truth(logits(in_peft.eval(), "bert"), truth, 1e-6)
 
 
+def tied_in_peft(folder, *modules):
+    """GPT-2, whose head is tied to the embeddings, with copies of modules trained by PEFT."""
+    from abba_ext.peft import AbbaPeftConfig
+
+    config = AbbaPeftConfig(r=4, target_modules=["c_attn"], init_weights=False, modules_to_save=list(modules))
+    randomize(peft.get_peft_model(architectures.build("gpt2"), config)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["wte"], ["wte", "lm_head"]], ids=str)
+def test_a_copy_that_peft_trained_is_not_loaded_into_a_tied_weight(modules, tmp_path):
+    tied_in_peft(tmp_path / "peft", *modules)
+    convert_adapter(tmp_path / "peft", tmp_path / "abba", "abba")
+    model = architectures.build("gpt2").eval()
+    before = logits(model, "gpt2")
+    for folder in ("abba", "again"):
+        with pytest.raises(ValueError, match="weight' was trained as a tensor of its own, but the model ties it to .*untie"):
+            abba_ext.load_adapter(model, tmp_path / folder)
+        assert torch.equal(logits(model, "gpt2"), before)
+        if folder == "abba":
+            convert_adapter(tmp_path / "abba", tmp_path / "again", "abba")
+    convert_adapter(tmp_path / "abba", tmp_path / "lora", "lora")
+    in_peft, in_lora = (peft.PeftModel.from_pretrained(architectures.build("gpt2").eval(), tmp_path / folder)
+                        for folder in ("peft", "lora"))
+    assert_close_to_truth(logits(in_lora.eval(), "gpt2"), logits(in_peft.eval(), "gpt2").double(), 1e-5)
+
+
+@pytest.mark.parametrize("to", ["lora", "loha", "peft"])
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_that_was_trained_becomes_a_copy_for_each(to, module, tmp_path):
+    import abba_ext.peft  # noqa: F401
+
+    config = AbbaConfig(r1=2, r2=3, init="random", target_modules=["q_proj"], modules_to_save=[module])
+    model = saved("gemma", tmp_path / "abba", config)
+    convert_adapter(tmp_path / "abba", tmp_path / "new", to)
+    assert sorted(config_of(tmp_path / "new")["modules_to_save"]) == ["lm_head", "model.embed_tokens"]
+    in_peft = peft.PeftModel.from_pretrained(architectures.build("gemma").eval(), tmp_path / "new").eval()
+    assert_close_to_truth(logits(in_peft, "gemma"), logits(model, "gemma").double(), 1e-5)
+    again = abba_ext.load_adapter(architectures.build("gemma").eval(), tmp_path / "abba")
+    assert torch.equal(logits(again, "gemma"), logits(model, "gemma"))
+
+
+def test_a_tied_weight_that_was_trained_is_not_loaded_where_it_is_not_tied(tmp_path):
+    saved("gpt2", tmp_path, AbbaConfig(r=4, init="random", modules_to_save=["lm_head"]))
+    untied = architectures.build("gpt2")
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="'transformer.wte.weight' was trained for lm_head.weight too, which the model does not"):
+        abba_ext.load_adapter(untied, tmp_path)
+
+
 @pytest.mark.parametrize("to", ["lora", "loha", "peft"])
 def test_biases_alone_are_refused(to, tmp_path):
     saved("opt", tmp_path / "abba", AbbaConfig(r=4, bias="abba_only"))

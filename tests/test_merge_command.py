@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import architectures
+import peft
 import pytest
 import torch
 import transformers
@@ -18,6 +19,7 @@ import abba_ext
 from abba_ext import AbbaConfig, formats, merging
 from abba_ext.__main__ import main
 from abba_ext.merging import merge_checkpoint, partial_folder, row_blocks
+from abba_ext.peft import AbbaPeftConfig
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 
@@ -542,6 +544,30 @@ def test_tied_weights_are_refused(tmp_path):
     base, adapter, _ = build(tmp_path, "gpt2", config=AbbaConfig(r1=2, r2=2, init="random", target_modules=["wte"]))
     with pytest.raises(ValueError, match="the weight of 'transformer.wte' is tied to lm_head.weight"):
         merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["wte"], ["wte", "lm_head"]], ids=str)
+def test_copies_of_tied_weights_that_peft_trained_are_refused(modules, tmp_path):
+    base = save_base(architectures.build("gpt2"), tmp_path / "base")
+    model = peft.get_peft_model(architectures.build("gpt2"), AbbaPeftConfig(r=4, target_modules=["c_attn"],
+                                                                           modules_to_save=modules))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="weight' was trained as a tensor of its own, but the model ties it to .*PEFT"):
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_copies_of_a_tied_weight_are_merged_as_one(tmp_path):
+    config = AbbaConfig(r1=3, r2=5, init="random", modules_to_save=["lm_head"])
+    base, adapter, model = build(tmp_path, "gpt2", config=config)
+    formats.convert_adapter(adapter, tmp_path / "peft", "peft")
+    assert formats.read(tmp_path / "peft").trained.keys() == {"transformer.wte.weight", "lm_head.weight"}
+    merge_checkpoint(base, tmp_path / "peft", tmp_path / "out")
+    assert_same_weights(tmp_path / "out", abba_ext.merge_and_unload(model))
 
 
 def test_trained_parameters_that_the_base_lacks(tmp_path):

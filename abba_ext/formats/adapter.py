@@ -73,6 +73,8 @@ class Adapter:
         base_model: Name of the base model, where the format tells.
         config: Targets, ranks and scales of the layers as a config; by default one that says them layer by layer.
         trained: Biases and heads that were trained in full, by parameter name.
+        tied: Other names of trained parameters in the model that they were trained in, as tied weights have them; [] for a tensor
+            of its own, such as the copies that PEFT trains. A parameter is left out where the format does not tell.
         source: Name of the format it was read from.
     """
 
@@ -80,12 +82,13 @@ class Adapter:
     base_model: str | None = None
     config: AbbaConfig | None = None
     trained: dict[str, Tensor] = field(default_factory=dict)
+    tied: dict[str, list[str]] = field(default_factory=dict)
     source: str = "abba"
 
     def __post_init__(self):
         if not self.layers:
             raise ValueError("layers must hold at least one layer")
-        for name in [*self.layers, *self.trained]:
+        for name in [*self.layers, *self.trained, *(alias for aliases in self.tied.values() for alias in aliases)]:
             if not name or ".." in name or "/" in name or "\0" in name:
                 raise ValueError(f"{name!r} is no module or parameter name: it is empty or holds '..', '/' or NUL")
         if not isinstance(self.base_model, str | None):

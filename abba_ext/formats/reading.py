@@ -30,6 +30,7 @@ _LEAVES = {  # the names of A1, B1, A2, B2
     "lycoris": ("lora_down1", "lora_up1", "lora_down2", "lora_up2"),
 }
 _PLAIN_LORA = re.compile(r"\.lora_(A|B|up|down)(\.|$)")
+_FromPeft = tuple[dict[str, LayerFactors], dict[str, Tensor], dict[str, list[str]]]  # layers, trained, tied
 _KOHYA_PREFIX = re.compile(r"^(lycoris|lora_(unet|te\d*|transformer))_")
 
 
@@ -74,17 +75,18 @@ def read(source: str | os.PathLike, *, format: str = "auto", scaling: str | floa
         if format == "abba":
             adapter = _from_own(description, state)
             return adapter if model is None else dataclasses.replace(adapter, layers=_looked_up(adapter.layers, model))
+        trained, tied = {}, {}
         if format == "peft":
-            layers, trained = _from_peft(state, config)
+            layers, trained, tied = _from_peft(state, config)
         elif format == "loha":
-            layers, trained = _from_loha(state, config)
+            layers, trained, tied = _from_loha(state, config)
         elif format == "authors":
-            layers, trained = _from_authors(state, config, scaling), {}
+            layers = _from_authors(state, config, scaling)
         else:
-            layers, trained = _from_lycoris(state, scaling, model), {}
+            layers = _from_lycoris(state, scaling, model)
         if model is not None:
             layers = _looked_up(layers, model)
-        return Adapter(layers, config.get("base_model_name_or_path"), trained=trained, source=format)
+        return Adapter(layers, config.get("base_model_name_or_path"), trained=trained, tied=tied, source=format)
     except (TypeError, ValueError, re.error) as error:
         raise ValueError(f"{weights}: {error}") from None
 
@@ -194,10 +196,10 @@ def _from_own(description: dict[str, Any], state: dict[str, Tensor]) -> Adapter:
         factors = [state[f"{name}.{key}"] for key in FACTORS]
         layers[name] = _layer(name, factors, (entry["r1"], entry["r2"]), float(entry["scale"]), entry.get("kind", "linear"))
     return Adapter(layers, description["base_model_name_or_path"], AbbaConfig.from_dict(description["config"]),
-                   {name: state[name] for name in trained})
+                   {name: state[name] for name in trained}, description.get("tied", {}))
 
 
-def _from_peft(state: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, LayerFactors], dict[str, Tensor]]:
+def _from_peft(state: dict[str, Tensor], config: dict[str, Any]) -> _FromPeft:
     _require(config, "alpha", "scaling")
     fields = {key: config[key] for key in ("r", "r1", "r2", "alpha", "scaling") if config.get(key) is not None}
     for key in ("rank_pattern", "alpha_pattern"):
@@ -205,10 +207,10 @@ def _from_peft(state: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[s
     rules = AbbaConfig(**fields)
     found, rest = _sorted_keys(state, FACTORS)
     layers = {name: _layer(name, factors, rules.ranks(name), rules.scale(name)) for name, factors in found.items()}
-    return layers, _trained_in_full(rest, config)
+    return layers, *_trained_in_full(rest, config)
 
 
-def _from_loha(state: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, LayerFactors], dict[str, Tensor]]:
+def _from_loha(state: dict[str, Tensor], config: dict[str, Any]) -> _FromPeft:
     _require(config, "r", "alpha")
     found, rest = _sorted_keys(state, LOHA_FACTORS)
     layers = {}
@@ -217,7 +219,7 @@ def _from_loha(state: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[s
         alpha = _by_pattern(config, "alpha_pattern", name, config["alpha"])
         rules = AbbaConfig(r1=rank, r2=rank, alpha=alpha, scaling="peft")
         layers[name] = _layer(name, factors, rules.ranks(), rules.scale())
-    return layers, _trained_in_full(rest, config)
+    return layers, *_trained_in_full(rest, config)
 
 
 def _from_authors(state: dict[str, Tensor], config: dict[str, Any], scaling: str | float | None) -> dict[str, LayerFactors]:
@@ -293,21 +295,25 @@ def _layer(name: str, factors: list[Tensor], ranks: tuple[int, int] | None, scal
     return layer
 
 
-def _trained_in_full(rest: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors beside the factors in a PEFT folder, by parameter name: biases and modules_to_save."""
+def _trained_in_full(rest: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """The tensors beside the factors in a PEFT folder, by parameter name: biases and modules_to_save; and that the latter were
+    trained as copies, tied to nothing."""
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list):
         raise ValueError(f"modules_to_save must be a list, got {saved!r}")
-    trained, unknown = {}, []
+    trained, tied, unknown = {}, {}, []
     for key, tensor in rest.items():
         name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
         is_bias = name.endswith(".bias") and config.get("bias", "none") != "none"
-        if tensor.is_floating_point() and (is_bias or any(f".{module}." in f".{name}" for module in saved)):
-            trained[name] = tensor
-        else:
+        is_copy = any(f".{module}." in f".{name}" for module in saved)
+        if not tensor.is_floating_point() or not (is_bias or is_copy):
             unknown.append(key)
+            continue
+        trained[name] = tensor
+        if is_copy:
+            tied[name] = []
     _refuse_unknown(unknown)
-    return trained
+    return trained, tied
 
 
 def _module_names(keys: Iterable[str], model: nn.Module | None) -> dict[str, str]:

@@ -107,6 +107,7 @@ def _write_own(adapter: Adapter, folder: str, dtype: torch.dtype | None) -> dict
         "config": adapter.config.to_dict(),
         "layers": entries,
         "trained_base_parameters": list(adapter.trained),
+        "tied": adapter.tied,
     })
     return {"layers": entries}
 
@@ -195,16 +196,18 @@ def lora_factors(layer: LayerFactors, rank: int | None = None) -> tuple[Tensor, 
 
 
 def _save_heads(adapter: Adapter, state: dict[str, Tensor]) -> list[str] | None:
-    """Adds modules trained in full to a PEFT state dict and returns their names."""
+    """Adds modules trained in full to a PEFT state dict and returns their names. PEFT copies them, so each of those that are tied
+    gets the tensor."""
+    trained = {alias: tensor for name, tensor in adapter.trained.items() for alias in [name, *adapter.tied.get(name, ())]}
     modules: dict[str, set[str]] = {}
-    for parameter in adapter.trained:
+    for parameter in trained:
         module, _, key = parameter.rpartition(".")
         modules.setdefault(module, set()).add(key)
     for module, keys in modules.items():
         if not module or "weight" not in keys or keys - {"weight", "bias"}:
             raise ValueError(f"{module + '.' + min(keys)!r} is trained in full without its whole module, which this format "
                              "cannot hold; merge the adapter into the weights: abba-ext merge")
-    state.update({PEFT_PREFIX + name: tensor.contiguous() for name, tensor in adapter.trained.items()})
+    state.update({PEFT_PREFIX + name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in trained.items()})
     return list(modules) or None
 
 
