@@ -53,7 +53,8 @@ def merge_checkpoint(base: str | os.PathLike, adapter: str | os.PathLike, out: s
 
     The weights are those of :func:`abba_ext.merge_and_unload`: sums in fp32 (fp64 for fp64 weights or factors), rounded once to
     the stored dtype. Shards keep their names, keys and order. Other files are copied byte for byte, except hidden ones and
-    weights in other formats (.bin, .gguf, .onnx, ...), which would stay unmerged. In memory are the adapter and one block of one
+    other weights, which would stay unmerged: those in other formats (.bin, .gguf, .onnx, ...), and .safetensors that are no
+    shards of the model, of which a warning tells. In memory are the adapter and one block of one
     weight: 1 MiB of it or 64 rows, whichever is more, as stored, and a few times that in the dtype of the sum.
 
     OUT appears whole, by one rename, or not at all. Until then the work is in `.OUT.partial` beside it; where that is left by a
@@ -235,7 +236,10 @@ def _other_files(checkpoint: BaseCheckpoint) -> list[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         here = Path(folder).relative_to(checkpoint.folder)
         found += [str(here / name) for name in sorted(names) if not name.startswith(".") and not name.endswith(_OTHER_WEIGHTS)]
-    return [name for name in found if name not in checkpoint.shards]
+    unmerged = [name for name in found if name.endswith(".safetensors") and name not in checkpoint.shards]
+    if unmerged:
+        warnings.warn(f"left out, as they are no shards of the model and would stay unmerged: {', '.join(unmerged)}", stacklevel=3)
+    return [name for name in found if name not in (*checkpoint.shards, *unmerged)]
 
 
 # --- the folder in which the work is done ---

@@ -213,6 +213,18 @@ def test_embeddings_are_merged_where_they_are_not_tied(tmp_path):
     assert_same_weights(tmp_path / "out", abba_ext.merge_and_unload(model))
 
 
+def test_other_safetensors_are_left_out_with_a_warning(tiny, tmp_path):
+    base, adapter, _ = tiny
+    (base / "original").mkdir()
+    others = ("consolidated.safetensors", "model.fp16.safetensors", "original/part.safetensors")
+    for name in others:
+        save_file({"x": torch.ones(4)}, base / name)
+    with pytest.warns(UserWarning, match="would stay unmerged: " + ", ".join(others)):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    shards = set(json.loads((base / INDEX).read_text())["weight_map"].values())
+    assert {path.name for path in (tmp_path / "out").rglob("*.safetensors")} == shards
+
+
 def test_a_hub_name_in_the_local_cache(tiny, tmp_path, monkeypatch):
     base, adapter, model = tiny
     repository = tmp_path / "hub" / "models--org--tiny"
