@@ -88,10 +88,12 @@ def inspect(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Writes an adapter in another format, and prints what truncation costs."""
+    from .base_checkpoint import BaseCheckpoint
     from .formats import convert_adapter
 
+    model = BaseCheckpoint(args.base).model if args.base else None
     report = convert_adapter(args.adapter, args.out, args.to, format=args.source, scaling=args.scaling, rank=args.rank,
-                             dtype=args.dtype)
+                             dtype=args.dtype, model=model)
     if args.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -172,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", help="the new folder")
     command.add_argument("--to", required=True, choices=("abba", "peft", "loha", "lora"))
     command.add_argument("--from", dest="source", default="auto", help="format of the adapter, where the files do not tell")
+    command.add_argument("--base", help="base model, to look the layers up in: their kinds, and flattened names of LyCORIS files")
     command.add_argument("--rank", type=int, help="truncate a LoRA to this rank")
     command.add_argument("--scaling", type=_scaling, help="how s follows from α, or s, where the files do not say")
     command.add_argument("--dtype", choices=DTYPES, help="of the factors")

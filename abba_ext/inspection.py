@@ -33,7 +33,8 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
         FileNotFoundError, ValueError: See :func:`abba_ext.formats.read` and :func:`abba_ext.merging.weight_keys`; or a weight of
             the base is not finite.
     """
-    content = read(adapter)
+    checkpoint = None if base is None else BaseCheckpoint(base)
+    content = read(adapter, model=checkpoint and checkpoint.model)
     layers = []
     for name, factors in content.layers.items():
         parts = {"A1": factors.a1, "B1": factors.b1, "A2": factors.a2, "B2": factors.b2}
@@ -47,8 +48,7 @@ def inspect_adapter(adapter: str | os.PathLike, base: str | os.PathLike | None =
                for name, value in content.trained.items()]
     total = {"layers": len(layers), "parameters": sum(entry["parameters"] for entry in layers + trained),
              "norm_update": math.hypot(*(layer["norm_update"] for layer in layers))}
-    if base is not None:
-        checkpoint = BaseCheckpoint(base)
+    if checkpoint is not None:
         for layer in layers:
             key = weight_keys(checkpoint, layer["name"], content.layers[layer["name"]])[0]
             layer["norm_base"] = _stored_norm(checkpoint, key)

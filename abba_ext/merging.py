@@ -17,9 +17,10 @@ from torch import Tensor
 
 from . import reference
 from .base_checkpoint import CONFIG_NAME, BaseCheckpoint, StoredTensor
-from .bases import features, refusal, to_layout
+from .bases import features, to_layout
 from .checkpoint import replace_file, tie_problem
 from .formats import Adapter, LayerFactors, read
+from .formats.reading import fitting_layer
 from .patching import find_layer
 
 BLOCK_BYTES = 2**20  # of a stored weight in memory at a time
@@ -84,7 +85,7 @@ def merge_checkpoint(base: str | os.PathLike, adapter: str | os.PathLike, out: s
     checkpoint = BaseCheckpoint(base)
     sources = (checkpoint.folder, Path(adapter))
     _check_out(out, force, sources)
-    factors = read(adapter)
+    factors = read(adapter, model=checkpoint.model)
     _compare_names(factors.base_model, os.fspath(base))
     changes = plan_changes(checkpoint, factors)
     others = _other_files(checkpoint)
@@ -173,16 +174,7 @@ def weight_keys(checkpoint: BaseCheckpoint, name: str, factors: LayerFactors) ->
     Raises:
         ValueError: The model has no such layer or it cannot be adapted, has another size, or is not stored as a plain weight.
     """
-    module = find_layer(checkpoint.model, name)
-    if module is None:
-        raise ValueError(f"the model has no layer {name!r}")
-    reason = refusal(module)
-    if reason:
-        raise ValueError(f"{name!r} {reason}")
-    n, m = features(module)
-    if (factors.b1.size(0), factors.a1.size(1)) != (m, n):
-        raise ValueError(f"{name!r} has a weight [{m}, {n}], but factors of a weight [{factors.b1.size(0)}, "
-                         f"{factors.a1.size(1)}]")
+    module = fitting_layer(checkpoint.model, name, factors)
     parameter = checkpoint.parameter_name(name, module)
     keys = checkpoint.keys(parameter)
     if not keys:

@@ -522,11 +522,30 @@ def test_a_model_tells_the_kinds(tmp_path):
     assert kinds.pop("model.embed_tokens") == "Embedding" and set(kinds.values()) == {"linear"} and len(kinds) == 2
     with pytest.raises(ValueError, match="'model.embed_tokens' is of kind 'Embedding'; 'lora' is written of linear layers alone"):
         convert_adapter(tmp_path / "abba", tmp_path / "lora", "lora", model=base)
-    with pytest.raises(ValueError, match="the model has no layer 'model.embed_tokens' that can be adapted"):
+    with pytest.raises(ValueError, match="the model has no layer 'model.embed_tokens'; "):
         read(tmp_path / "abba", model=architectures.build("gpt2"))
     base.model.embed_tokens = nn.Embedding(60, 32)
-    with pytest.raises(ValueError, match=r"'model.embed_tokens' is for \(n, m\) = \(32, 64\), the model's has \(32, 60\)"):
+    with pytest.raises(ValueError, match=r"'model.embed_tokens' has a weight \[60, 32\], but factors of a weight \[64, 32\]"):
         read(tmp_path / "abba", model=base)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "h.wte", "bert.word_embeddings", "shared"])
+def test_names_of_embeddings_are_no_linear_layers(name, tmp_path):
+    write(Adapter({name: layer(), "model.embed_out": layer()}), tmp_path / "peft", "peft")
+    kinds = {key: value.kind for key, value in read(tmp_path / "peft").layers.items()}
+    assert kinds == {name: "Embedding", "model.embed_out": "linear"}
+    for to in ("lora", "loha"):
+        with pytest.raises(ValueError, match=f"layer '{name}' is of kind 'Embedding'; '{to}' is .* linear layers alone.*--base"):
+            convert_adapter(tmp_path / "peft", tmp_path / "new", to)
+    convert_adapter(tmp_path / "peft", tmp_path / "lora", "lora", model=Flat(name, "model.embed_out"))
+
+
+def test_convolutions_are_no_linear_layers_where_the_model_is_known(tmp_path):
+    write(Adapter({"conv": layer(), "linear": layer()}), tmp_path / "peft", "peft")
+    model = Flat("linear")
+    model.conv = nn.Conv2d(5, 6, 1)
+    with pytest.raises(ValueError, match="layer 'conv' is of kind 'Conv2d'; 'lora' is written of linear layers alone"):
+        convert_adapter(tmp_path / "peft", tmp_path / "lora", "lora", model=model)
 
 
 def test_own_config_is_kept(tmp_path):

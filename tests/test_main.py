@@ -232,6 +232,34 @@ def test_convert_passes_the_scaling_on(saved, tmp_path, capsys):
     assert formats.read(tmp_path / "own").layers["query"].scale == 2.5
 
 
+def test_a_base_tells_flattened_names_and_kinds(tmp_path, capsys):
+    base = architectures.build("llama")
+    base.save_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for index in range(2):
+        for key, shape in (("w1_a", (32, 4)), ("w1_b", (4, 32)), ("w2_a", (32, 4)), ("w2_b", (4, 32))):
+            state[f"lycoris_model_layers_{index}_self_attn_q_proj.hada_{key}"] = torch.randn(shape, generator=generator)
+        state[f"lycoris_model_layers_{index}_self_attn_q_proj.alpha"] = torch.tensor(2.0)
+    save_file(state, tmp_path / "lycoris.safetensors")
+    capsys.readouterr()
+    source, known = str(tmp_path / "lycoris.safetensors"), ["--base", str(tmp_path / "base")]
+    assert main(["convert", source, str(tmp_path / "own"), "--to", "abba"]) == 2
+    assert "is a flattened name, of which only the model knows the dots; give model= (--base)" in error_line(capsys)
+    assert main(["convert", source, str(tmp_path / "own"), "--to", "abba", *known]) == 0
+    layers = formats.read(tmp_path / "own").layers
+    assert list(layers) == [f"model.layers.{index}.self_attn.q_proj" for index in range(2)]
+    capsys.readouterr()
+    assert main(["inspect", source, "--json", *known]) == 0
+    assert [layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]] == list(layers)
+    assert main(["merge", str(tmp_path / "base"), source, str(tmp_path / "out"), "--quiet"]) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, f in layers.items():
+        delta = f.scale * (f.b1.double() @ f.a1.double()) * (f.b2.double() @ f.a2.double())
+        weight = base.get_submodule(name).weight.double()
+        torch.testing.assert_close(merged[f"{name}.weight"].double(), weight + delta, rtol=1e-6, atol=1e-6)
+
+
 # --- errors ---
 
 

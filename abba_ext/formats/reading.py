@@ -31,6 +31,8 @@ _LEAVES = {  # the names of A1, B1, A2, B2
 }
 _PLAIN_LORA = re.compile(r"\.lora_(A|B|up|down)(\.|$)")
 _FromPeft = tuple[dict[str, LayerFactors], dict[str, Tensor], dict[str, list[str]]]  # layers, trained, tied
+_EMBEDDING = re.compile(r"(^|\.)(embed_(tokens|in|positions)|tok_embeddings|wte|wpe|(word_|position_|token_type_)?embeddings?|"
+                        r"shared)$")  # names of embeddings in models of transformers
 _KOHYA_PREFIX = re.compile(r"^(lycoris|lora_(unet|te\d*|transformer))_")
 
 
@@ -46,8 +48,9 @@ def read(source: str | os.PathLike, *, format: str = "auto", scaling: str | floa
         format: One of READ_FORMATS; "auto" tells them apart by their keys and config.
         scaling: How s follows from α for formats that do not say: "paper", "official" or "peft" (see :class:`AbbaConfig`) for
             "lycoris"; or a number, s itself, for "lycoris" and "authors".
-        model: The base model, if it is at hand: every layer is looked up in it, so that sizes and kinds are sure. It turns
-            flattened names of "lycoris" files ("lora_unet_mid_block_to_q") into module names.
+        model: The base model, if it is at hand: every layer is looked up in it, so that sizes and kinds are sure; else layers
+            named as embeddings usually are ("embed_tokens", "wte", ...) are taken for such. It turns flattened names of "lycoris"
+            files ("lora_unet_mid_block_to_q") into module names.
         max_bytes: Largest .bin file to load.
 
     Raises:
@@ -86,6 +89,9 @@ def read(source: str | os.PathLike, *, format: str = "auto", scaling: str | floa
             layers = _from_lycoris(state, scaling, model)
         if model is not None:
             layers = _looked_up(layers, model)
+        else:
+            layers |= {name: dataclasses.replace(layer, kind="Embedding") for name, layer in layers.items()
+                       if _EMBEDDING.search(name)}
         return Adapter(layers, config.get("base_model_name_or_path"), trained=trained, tied=tied, source=format)
     except (TypeError, ValueError, re.error) as error:
         raise ValueError(f"{weights}: {error}") from None
@@ -328,7 +334,7 @@ def _module_names(keys: Iterable[str], model: nn.Module | None) -> dict[str, str
             names[key] = key
             continue
         if model is None:
-            raise ValueError(f"{key!r} is a flattened name, of which only the model knows the dots; give model=")
+            raise ValueError(f"{key!r} is a flattened name, of which only the model knows the dots; give model= (--base)")
         fitting = flattened.get(_KOHYA_PREFIX.sub("", key), [])
         if len(fitting) != 1 or fitting[0] in names.values():
             raise ValueError(f"{key!r} must stand for one layer of the model, it fits {_listed(fitting)}")
@@ -338,16 +344,37 @@ def _module_names(keys: Iterable[str], model: nn.Module | None) -> dict[str, str
 
 def _looked_up(layers: dict[str, LayerFactors], model: nn.Module) -> dict[str, LayerFactors]:
     """The layers with the kinds that they have in the model."""
-    found = {}
+    found, problems = {}, []
     for name, layer in layers.items():
-        module = find_layer(model, name)
-        if module is None or not (isinstance(module, AbbaLayer) or refusal(module) is None):
-            raise ValueError(f"the model has no layer {name!r} that can be adapted")
-        sizes = (layer.a1.size(1), layer.b1.size(0))
-        if features(module) != sizes:
-            raise ValueError(f"layer {name!r} is for (n, m) = {sizes}, the model's has {features(module)}")
-        found[name] = dataclasses.replace(layer, kind="linear" if is_linear(module) else type(module).__name__)
+        try:
+            module = fitting_layer(model, name, layer)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            found[name] = dataclasses.replace(layer, kind="linear" if is_linear(module) else type(module).__name__)
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ValueError("the adapter does not fit the model: " + "; ".join(problems[:5]) + more)
     return found
+
+
+def fitting_layer(model: nn.Module, name: str, factors: LayerFactors) -> nn.Module:
+    """The layer of a model that an update is for.
+
+    Raises:
+        ValueError: The model has no such layer or it cannot be adapted, or has another size.
+    """
+    module = find_layer(model, name)
+    if module is None:
+        raise ValueError(f"the model has no layer {name!r}")
+    reason = None if isinstance(module, AbbaLayer) else refusal(module)
+    if reason:
+        raise ValueError(f"{name!r} {reason}")
+    n, m = features(module)
+    if (factors.b1.size(0), factors.a1.size(1)) != (m, n):
+        raise ValueError(f"{name!r} has a weight [{m}, {n}], but factors of a weight [{factors.b1.size(0)}, "
+                         f"{factors.a1.size(1)}]")
+    return module
 
 
 def _patterns(config: dict[str, Any], key: str) -> dict[str, Any]:

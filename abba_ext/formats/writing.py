@@ -228,7 +228,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
 def _check_linear(adapter: Adapter, format: str) -> None:
     for name, layer in adapter.layers.items():
         if layer.kind != "linear":
-            raise ValueError(f"layer {name!r} is of kind {layer.kind!r}; {format!r} is written of linear layers alone")
+            raise ValueError(f"layer {name!r} is of kind {layer.kind!r}; {format!r} is written of linear layers alone "
+                             "(where its name alone says what it is, model= or --base looks it up)")
 
 
 def _save(state: dict[str, Tensor], folder: str) -> None:
