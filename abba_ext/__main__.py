@@ -93,7 +93,7 @@ def convert(args: argparse.Namespace) -> int:
 
     model = BaseCheckpoint(args.base).model if args.base else None
     report = convert_adapter(args.adapter, args.out, args.to, format=args.source, scaling=args.scaling, rank=args.rank,
-                             dtype=args.dtype, model=model)
+                             dtype=args.dtype, model=model, task_type=args.task_type)
     if args.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -178,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", type=int, help="truncate a LoRA to this rank")
     command.add_argument("--scaling", type=_scaling, help="how s follows from α, or s, where the files do not say")
     command.add_argument("--dtype", choices=DTYPES, help="of the factors")
+    command.add_argument("--task-type", help="PEFT's, such as CAUSAL_LM; by default the adapter's")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=convert)
     return parser

@@ -458,6 +458,16 @@ def test_peft_abba_folder(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("to", ["peft", "loha", "lora"])
+def test_the_task_type_is_kept(to, tmp_path):
+    write(Adapter({"q": layer()}), tmp_path / "peft", "peft", task_type="CAUSAL_LM")
+    assert read(tmp_path / "peft").task_type == "CAUSAL_LM"
+    convert_adapter(tmp_path / "peft", tmp_path / "new", to)
+    assert config_of(tmp_path / "new")["task_type"] == "CAUSAL_LM"
+    convert_adapter(tmp_path / "peft", tmp_path / "other", to, task_type="SEQ_CLS")
+    assert config_of(tmp_path / "other")["task_type"] == "SEQ_CLS"
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), to=st.sampled_from(formats.WRITE_FORMATS))
 def test_round_trips(data, to, tmp_path_factory):
@@ -587,6 +597,7 @@ DAMAGES = {
     "pattern": (lambda s, c: c.update(rank_pattern={"(": 3}), "is not a regular expression"),
     "pattern is no object": (lambda s, c: c.update(alpha_pattern=[1]), "alpha_pattern must be a JSON object"),
     "base model": (lambda s, c: c.update(base_model_name_or_path=[1]), "base_model_name_or_path must be a string"),
+    "task type": (lambda s, c: c.update(task_type=[1]), "task_type must be a string"),
     "modules_to_save": (lambda s, c: c.update(modules_to_save="x"), "modules_to_save must be a list"),
     "another type": (lambda s, c: c.update(peft_type="LOHA"), "cannot tell the format.*'peft', and peft_type is 'LOHA'"),
     "type is a list": (lambda s, c: c.update(peft_type=[]), "unhashable"),
@@ -694,6 +705,7 @@ def test_wrong_arguments_of_write(tmp_path):
     for arguments, message in ((dict(format="gguf"), "format must be one of 'abba'"),
                                (dict(format="abba", rank=3), "are options of format 'lora', got format 'abba'"),
                                (dict(format="loha", pad=False), "options of format 'lora'"),
+                               (dict(format="abba", task_type="CAUSAL_LM"), "option of PEFT's formats, got format 'abba'"),
                                (dict(format="lora", rank=0), "rank must be a positive int, got 0"),
                                (dict(format="lora", rank=True), "rank must be a positive int, got True"),
                                (dict(format="lora", dtype=torch.int8), "dtype must be one of float32.*torch.int8"),

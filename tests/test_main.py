@@ -209,12 +209,14 @@ def test_convert_to_lora_and_back_to_a_report(saved, tmp_path, capsys):
     _, adapter = saved
     assert main(["convert", str(adapter), str(tmp_path / "lora"), "--to", "lora"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'lora'}: lora of rank 16, 12 layers, from abba\n"
-    assert main(["convert", str(adapter), str(tmp_path / "small"), "--to", "lora", "--rank", "4", "--dtype", "bfloat16"]) == 0
+    assert main(["convert", str(adapter), str(tmp_path / "small"), "--to", "lora", "--rank", "4", "--dtype", "bfloat16",
+                 "--task-type", "SEQ_CLS"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path / 'small'}: lora of rank 8, 12 layers") and len(lines) == 12
     f = formats.read(adapter).layers[lines[0].split(":")[0]]
     sigma = torch.linalg.svdvals((f.b1.double() @ f.a1.double()) * (f.b2.double() @ f.a2.double()))
     assert math.isclose(float(lines[0].rsplit(" ", 1)[1]), (sigma[4:].norm() / sigma.norm()).item(), rel_tol=1e-2)
+    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     assert main(["convert", str(adapter), str(tmp_path / "own"), "--to", "abba", "--from", "abba", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["source"] == "abba"
 

@@ -76,6 +76,7 @@ class Adapter:
         tied: Other names of trained parameters in the model that they were trained in, as tied weights have them; [] for a tensor
             of its own, such as the copies that PEFT trains. A parameter is left out where the format does not tell.
         source: Name of the format it was read from.
+        task_type: PEFT's, such as "CAUSAL_LM", where the format tells.
     """
 
     layers: dict[str, LayerFactors]
@@ -84,6 +85,7 @@ class Adapter:
     trained: dict[str, Tensor] = field(default_factory=dict)
     tied: dict[str, list[str]] = field(default_factory=dict)
     source: str = "abba"
+    task_type: str | None = None
 
     def __post_init__(self):
         if not self.layers:
@@ -93,6 +95,8 @@ class Adapter:
                 raise ValueError(f"{name!r} is no module or parameter name: it is empty or holds '..', '/' or NUL")
         if not isinstance(self.base_model, str | None):
             raise ValueError(f"base_model_name_or_path must be a string, got {self.base_model!r}")
+        if not isinstance(self.task_type, str | None):
+            raise ValueError(f"task_type must be a string, got {self.task_type!r}")
         if self.config is None:
             object.__setattr__(self, "config", config_of(self.layers))
 

@@ -92,7 +92,8 @@ def read(source: str | os.PathLike, *, format: str = "auto", scaling: str | floa
         else:
             layers |= {name: dataclasses.replace(layer, kind="Embedding") for name, layer in layers.items()
                        if _EMBEDDING.search(name)}
-        return Adapter(layers, config.get("base_model_name_or_path"), trained=trained, tied=tied, source=format)
+        return Adapter(layers, config.get("base_model_name_or_path"), trained=trained, tied=tied, source=format,
+                       task_type=config.get("task_type"))
     except (TypeError, ValueError, re.error) as error:
         raise ValueError(f"{weights}: {error}") from None
 

@@ -36,7 +36,7 @@ def write(adapter: Adapter, directory: str | os.PathLike, format: str = "abba", 
         rank: For "lora": the best approximation of ΔW of that rank, for layers with a higher R.
         dtype: Of the factors. Default: float32 for "lora", else what they are.
         pad: For "lora": zero-pad the rank, one for all layers, to the next that vLLM takes; False: to the largest R.
-        task_type: PEFT's, such as "CAUSAL_LM".
+        task_type: PEFT's, such as "CAUSAL_LM". Default: the adapter's.
         fan_in_fan_out: For "lora": PEFT's flag for transformers' Conv1D layers, as in GPT-2; PEFT sets it itself if need be.
 
     Returns:
@@ -56,6 +56,8 @@ def write(adapter: Adapter, directory: str | os.PathLike, format: str = "abba", 
         raise ValueError(f"format must be one of {', '.join(map(repr, WRITE_FORMATS))}, got {format!r}")
     if format != "lora" and (rank is not None or not pad or fan_in_fan_out):
         raise ValueError(f"rank, pad and fan_in_fan_out are options of format 'lora', got format {format!r}")
+    if format == "abba" and task_type is not None:
+        raise ValueError("task_type is an option of PEFT's formats, got format 'abba'")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive int, got {rank!r}")
     if dtype is not None:
@@ -63,6 +65,7 @@ def write(adapter: Adapter, directory: str | os.PathLike, format: str = "abba", 
         if name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         dtype = getattr(torch, name)
+    task_type = task_type or adapter.task_type
     with _new_folder(os.fspath(directory)) as folder:
         if format == "abba":
             report = _write_own(adapter, folder, dtype)
