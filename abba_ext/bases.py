@@ -171,7 +171,7 @@ def refusal(module: nn.Module) -> str | None:
         return "is an Embedding with max_norm or scale_grad_by_freq, which have no meaning for a frozen weight"
     if isinstance(module, ParameterBase) and module.weight.dim() not in (2, 3):
         return f"is a parameter of shape {list(module.weight.shape)}; [m, n] and [experts, m, n] can be adapted"
-    hook = getattr(module, "_hf_hook", None)
+    hook = getattr(getattr(module, "owner", module), "_hf_hook", None)
     if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
         return "is offloaded by accelerate, which would not bring its factors along; keep its weight on a device"
     split = sharding.is_dtensor(getattr(module, "weight", None))

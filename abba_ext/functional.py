@@ -249,7 +249,9 @@ class _AbbaLinear(torch.autograd.Function):
             ctx.bias_dtype = bias.dtype if bias is not None else None
             # Under autocast the weight is saved as it is and cast again in backward: no half-precision copy per layer is kept.
             ctx.save_for_backward(x, weight, a1, b1, a2, b2, None if recompute_u else u)
-            return y if x.dim() == 2 else y.view(*x.shape[:-1], b1.size(0))
+            if x.dim() != 2:  # what comes after may write into the output, which torch forbids for a view made in here
+                y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], b1.size(0)])
+            return y
 
     @staticmethod
     def backward(ctx, dy):

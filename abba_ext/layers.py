@@ -324,7 +324,7 @@ def _truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
     matrix = matrix if matrix.is_cuda else matrix.cpu()
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []), torch.device(matrix.device):
         if matrix.is_cuda:  # torch.manual_seed would seed all devices, and only the forked ones are restored
-            torch.cuda.manual_seed(seed)
+            torch.cuda.default_generators[matrix.device.index].manual_seed(seed)
         else:
             torch.default_generator.manual_seed(seed)
         u, sigma, v = torch.svd_lowrank(matrix, q=width, niter=2)

@@ -1,6 +1,7 @@
 """Puts ABBA layers into a model and takes them out again: patch_model, unpatch_model, merge, disable_adapter."""
 import contextlib
 import difflib
+import itertools
 import math
 import re
 import sys
@@ -28,10 +29,8 @@ _BYPASSED = {
     "JambaMambaMixer": ("conv1d", "dt_proj"),
     "ZambaMambaMixer": ("conv1d",),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "DisentangledSelfAttention": ("in_proj",),
     **dict.fromkeys(["DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"], ("k_proj",)),
     "DabDetrMHAttentionMap": ("k_linear",),
-    "LSHSelfAttention": ("query_key", "value"),
     "LongcatFlashTopkRouter": ("classifier",),
 }
 
@@ -110,7 +109,7 @@ def apply_patch(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Modu
         parameter.requires_grad_(name in patch.originals)
     for name, module in targets.items():
         attach(module, config, name, factors[name], scales[name])
-    patch.hooks = [*_checkpointing_hooks(model), model.register_load_state_dict_pre_hook(_find_factors)]
+    patch.hooks = [*_checkpointing_hooks(model), model.register_load_state_dict_pre_hook(_find_trained)]
     _call_every_layer(model, patch)
     setattr(model, _STATE, patch)
 
@@ -419,8 +418,10 @@ def _target_parameters(modules: dict[str, nn.Module], config: AbbaConfig) -> dic
 def _bypassed(name: str, modules: dict[str, nn.Module]) -> str | None:
     """Why an adapter on this layer would not run, or None."""
     owner, _, leaf = name.rpartition(".")
-    kind = type(modules.get(owner)).__name__
-    return f"is computed by {kind} itself, which reads its weight without calling it" if leaf in _BYPASSED.get(kind, ()) else None
+    for kind in type(modules.get(owner)).__mro__:
+        if leaf in _BYPASSED.get(kind.__name__, ()):
+            return f"is computed by {kind.__name__} itself, which reads its weight without calling it"
+    return None
 
 
 def _is_inside(name: str, owners: list[str]) -> bool:
@@ -476,16 +477,17 @@ def _trained_base_parameters(model: nn.Module, config: AbbaConfig, targets: dict
     if inside:
         raise ValueError(f"modules_to_save: {inside[0]!r} cannot be both adapted and trained in full")
     first = {id(parameter): name for name, parameter in named_parameters(model)}
-    trained, empty = {}, set(heads)
+    trained, filled = {}, set()
     for name, parameter in named_parameters(model, remove_duplicate=False):
         owner, _, key = name.rpartition(".")
         around = [head for head in heads if _is_inside(owner, [head])]
         is_bias = key == "bias" and (config.bias == "all" or config.bias == "abba_only" and owner in targets)
         if (around or is_bias) and parameter.is_floating_point():
             trained[first[id(parameter)]] = True
-            empty.difference_update(around)
-    if empty:
-        raise ValueError(f"modules_to_save: {min(empty)!r} holds no floating-point parameter to train")
+            filled.update(around)
+    for wanted in config.modules_to_save or ():
+        if not any(has_suffix(head, wanted) for head in filled):
+            raise ValueError(f"modules_to_save: {wanted!r} holds no floating-point parameter to train")
     return list(trained)
 
 
@@ -527,23 +529,45 @@ def _checkpointing_hooks(model: nn.Module) -> list:
     return [embedding.register_forward_hook(hook) for embedding in embeddings.values()]
 
 
-def _find_factors(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """A load_state_dict pre-hook that gives factors their own names again. Checkpoints that transformers writes hold the tensors
-    of some models, these among them, by the names of the hub; from_pretrained takes that back, resuming a Trainer does not."""
-    own = [prefix + name for name, _ in model.named_parameters() if name.rpartition(".")[2] in FACTORS]
-    missing = [name for name in own if name not in state_dict]
-    if not missing or not any(key.rpartition(".")[2] in FACTORS for key in state_dict):
-        return
+def _find_trained(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """A load_state_dict pre-hook that gives trained tensors their own names again. Checkpoints that transformers writes hold some
+    models' tensors by the names of the hub, some of them joined; from_pretrained takes that back, resuming a Trainer does not."""
+    missing = {name: parameter for name, parameter in model.named_parameters()
+               if (_is_factor(name) or parameter.requires_grad) and prefix + name not in state_dict}
     core_model_loading = sys.modules.get("transformers.core_model_loading")  # from transformers 5 on
-    if core_model_loading is not None and hasattr(model, "config"):
-        numbered = {name.removeprefix(prefix): torch.tensor(number) for number, name in enumerate(missing)}
-        for stored, number in core_model_loading.revert_weight_conversion(model, numbered).items():
-            if prefix + stored in state_dict:
-                state_dict[missing[int(number)]] = state_dict.pop(prefix + stored)
-    lost = [name for name in missing if name not in state_dict]
-    if lost:
-        warnings.warn(f"{len(lost)} factors of the adapter are not in the state dict and stay as they are: {lost[0]!r}, ...",
-                      stacklevel=2)
+    if not missing or core_model_loading is None or not hasattr(model, "config") or not any(map(_is_factor, state_dict)):
+        return
+    # Numbers in their place show where the conversion leaves every element of a factor; of a whole head, whether it moves it as it is.
+    sizes = [parameter.numel() if _is_factor(name) else 1 for name, parameter in missing.items()]
+    starts = dict(zip(missing, itertools.accumulate([0, *sizes]), strict=False))
+    numbers = {name: (torch.arange(starts[name], starts[name] + parameter.numel()).view(parameter.shape) if _is_factor(name)
+                      else torch.tensor(starts[name]).expand(parameter.shape)) for name, parameter in missing.items()}
+    try:
+        converted = core_model_loading.revert_weight_conversion(model, numbers)
+    except Exception as error:  # whatever a conversion for weights does to factors; torch then tells what is missing
+        warnings.warn(f"the names of the checkpoint could not be taken back: {error}", stacklevel=2)
+        return
+    elements, known, heads = torch.empty(sum(sizes), dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.bool), {}
+    for name, number in converted.items():
+        value = state_dict.get(prefix + name)
+        if value is None or value.shape != number.shape:
+            continue
+        if number.dim() and not any(number.stride()):
+            heads[int(number.flatten()[0])] = value
+        else:
+            elements[number.flatten()] = value.flatten().to(elements)
+            known[number.flatten()] = True
+        del state_dict[prefix + name]
+    for (name, parameter), size in zip(missing.items(), sizes, strict=True):
+        part = slice(starts[name], starts[name] + size)
+        if starts[name] in heads:
+            state_dict[prefix + name] = heads[starts[name]]
+        elif _is_factor(name) and known[part].all():
+            state_dict[prefix + name] = elements[part].view(parameter.shape).to(parameter.dtype)
+
+
+def _is_factor(name: str) -> bool:
+    return name.rpartition(".")[2] in FACTORS
 
 
 def _call_every_layer(model: nn.Module, patch: _Patch) -> None:

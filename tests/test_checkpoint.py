@@ -123,7 +123,8 @@ DAMAGES = {
 
 def test_what_is_not_saved_is_named(tmp_path):
     model = abba_ext.patch_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)), AbbaConfig(r=4))
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         abba_ext.save_adapter(model, tmp_path)
     model[1].weight.requires_grad_(True)
     with pytest.warns(UserWarning, match="1 trainable parameters are no part of the adapter and are not saved with it: '1.weight'"):

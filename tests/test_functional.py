@@ -237,6 +237,16 @@ def test_autocast_saves_no_copy_of_the_weight():
     assert sorted(extra.values()) == [64 * 32 * 2, 64 * 100 * 2]  # u and x in bf16
 
 
+@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+def test_the_output_may_be_written_into(plan):
+    args = random_layer(10, 16, 24, 4, 4, torch.float32)
+
+    def gradients(relu):
+        return torch.autograd.grad(relu(abba_linear(args[0].view(2, 5, 16), *args[1:], SCALE, plan=plan)).sum(), args)
+
+    assert all(map(torch.equal, gradients(torch.relu_), gradients(torch.relu)))
+
+
 def test_autocast_as_in_linear():
     args = random_layer(20, 16, 24, 4, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

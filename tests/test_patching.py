@@ -404,6 +404,8 @@ def test_a_tied_weight_is_trained_by_either_name(wanted, tmp_path):
 def test_a_module_without_parameters_cannot_be_trained():
     model = Toy()
     model.act = nn.ReLU()
+    model.layers[1].norm = nn.Identity()
+    assert patch_model(copy.deepcopy(model), AbbaConfig(modules_to_save=["norm"])).layers[0].norm.weight.requires_grad
     with pytest.raises(ValueError, match="modules_to_save: 'act' holds no floating-point parameter to train"):
         patch_model(model, AbbaConfig(modules_to_save=["act"]))
 
