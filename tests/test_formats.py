@@ -458,6 +458,18 @@ def test_peft_abba_folder(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("target, saved", [("embed_tokens", "auto"), ("lm_head", "auto"), ("q_proj", True)])
+def test_embedding_layers_that_peft_saved_are_explained(target, saved, tmp_path):
+    from abba_ext.peft import AbbaPeftConfig
+
+    model = peft.get_peft_model(architectures.build("llama"), AbbaPeftConfig(r=4, target_modules=["k_proj", target]))
+    model.save_pretrained(tmp_path / "whole", save_embedding_layers=saved)
+    with pytest.raises(ValueError, match=r"weight'.*: PEFT saved embedding layers .*=False.*\(merge_and_unload\)"):
+        read(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert any(name.endswith(target) for name in read(tmp_path / "adapter").layers)
+
+
 @pytest.mark.parametrize("to", ["peft", "loha", "lora"])
 def test_the_task_type_is_kept(to, tmp_path):
     write(Adapter({"q": layer()}), tmp_path / "peft", "peft", task_type="CAUSAL_LM")

@@ -31,8 +31,9 @@ _LEAVES = {  # the names of A1, B1, A2, B2
 }
 _PLAIN_LORA = re.compile(r"\.lora_(A|B|up|down)(\.|$)")
 _FromPeft = tuple[dict[str, LayerFactors], dict[str, Tensor], dict[str, list[str]]]  # layers, trained, tied
-_EMBEDDING = re.compile(r"(^|\.)(embed_(tokens|in|positions)|tok_embeddings|wte|wpe|(word_|position_|token_type_)?embeddings?|"
-                        r"shared)$")  # names of embeddings in models of transformers
+_EMBEDDINGS = r"embed_(tokens|in|positions)|tok_embeddings|wte|wpe|(word_|position_|token_type_)?embeddings?|shared"
+_EMBEDDING = re.compile(rf"(^|\.)({_EMBEDDINGS})$")  # as models of transformers name them
+_VOCABULARY = re.compile(rf"(^|\.)({_EMBEDDINGS}|lm_head|embed_out)\.weight$")
 _KOHYA_PREFIX = re.compile(r"^(lycoris|lora_(unet|te\d*|transformer))_")
 
 
@@ -319,6 +320,11 @@ def _trained_in_full(rest: dict[str, Tensor], config: dict[str, Any]) -> tuple[d
         trained[name] = tensor
         if is_copy:
             tied[name] = []
+    embeddings = [key for key in unknown if ".base_layer." in key or _VOCABULARY.search(key)]
+    if embeddings:
+        raise ValueError(f"{_listed(embeddings)}: PEFT saved embedding layers of the base too, as they are adapted or were resized; "
+                         "if they are those of the base, save the adapter with save_embedding_layers=False, else merge it in PEFT "
+                         "(merge_and_unload)")
     _refuse_unknown(unknown)
     return trained, tied
 
