@@ -580,6 +580,26 @@ def test_own_config_is_kept(tmp_path):
 # --- refusals ---
 
 
+def test_stacked_experts_are_refused_by_that_name(tmp_path):
+    model = patch_experts()
+    abba_ext.save_adapter(model, tmp_path / "own")
+    state = {f"base_model.model.mlp.experts.{key}": torch.ones(4, 2, 5) for key in FACTORS}
+    (tmp_path / "peft").mkdir()
+    save_file(state, tmp_path / "peft" / WEIGHTS_NAME)
+    (tmp_path / "peft" / PEFT_CONFIG_NAME).write_text(json.dumps(good_peft()[1]))
+    for folder in ("own", "peft"):
+        with pytest.raises(ValueError, match="layer '.*experts.*' adapts stacked experts, a parameter of several matrices.*and_unl"):
+            read(tmp_path / folder)
+
+
+def patch_experts():
+    """A module of stacked experts, patched."""
+    model = nn.Module()
+    model.experts = nn.Module()
+    model.experts.gate_up_proj = nn.Parameter(torch.randn(4, 6, 5))
+    return abba_ext.patch_model(model, AbbaConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj"]))
+
+
 def good_peft():
     state = {f"base_model.model.a.q.{key}": factor for key, factor in zip(FACTORS, factors_of(layer()))}
     return state, {"peft_type": "ABBA", "r1": 2, "r2": 3, "alpha": 1.0, "scaling": "official"}

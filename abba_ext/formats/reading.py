@@ -294,6 +294,10 @@ def _sorted_keys(state: dict[str, Tensor], leaves: tuple[str, ...]) -> tuple[dic
 
 
 def _layer(name: str, factors: list[Tensor], ranks: tuple[int, int] | None, scale: float, kind: str = "linear") -> LayerFactors:
+    if all(factor.dim() == 3 for factor in factors):
+        raise ValueError(f"layer {name!r} adapts stacked experts, a parameter of several matrices, which cannot be converted, "
+                         "inspected or merged on disk; load the adapter into the model, merge it there (merge_and_unload) and "
+                         "save the model")
     try:
         layer = LayerFactors(*factors, scale, kind)
     except ValueError as error:
