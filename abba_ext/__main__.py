@@ -70,7 +70,8 @@ def merge(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Prints ranks, scales and norms of every layer; the status is 1 if a parameter is not finite."""
+    """Prints ranks, scales and norms of every layer; the status is 1 if a parameter trained in full is not finite. Factors that
+    are not finite are bad input."""
     from .inspection import inspect_adapter, plot_adapter
 
     report = inspect_adapter(args.adapter, args.base)
@@ -141,16 +142,30 @@ def _scaling(text: str) -> str | float:
         return text
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be a device of torch, such as cpu or cuda:0, got {text!r}") from None
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="abba-ext", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("info", help="versions, build flags, devices, and the path a shape takes")
-    command.add_argument("--shape", type=int, nargs=3, metavar=("T", "n", "m"), help="tokens, in_features, out_features")
-    command.add_argument("--ranks", type=int, nargs=2, default=(16, 16), metavar=("r1", "r2"))
+    command.add_argument("--shape", type=_positive, nargs=3, metavar=("T", "n", "m"), help="tokens, in_features, out_features")
+    command.add_argument("--ranks", type=_positive, nargs=2, default=(16, 16), metavar=("r1", "r2"))
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"))
-    command.add_argument("--device", default="cpu")
+    command.add_argument("--device", type=_device, default="cpu")
     command.set_defaults(run=info)
 
     command = commands.add_parser("merge", help="write base + update as a new model folder, without loading the model")
@@ -158,11 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("adapter", help="folder or file of the adapter, in any format")
     command.add_argument("out", help="the new folder; it appears when all is written, and an interrupted merge can go on")
     command.add_argument("--safe", action="store_true", help="refuse a result that holds NaN or infinity")
-    command.add_argument("--force", action="store_true", help="replace a model folder, once the new one is complete")
+    command.add_argument("--force", action="store_true", help="replace a model folder once the new one is complete: all files in it "
+                         "are deleted; folders in it that the base does not have are refused")
     command.add_argument("--quiet", action="store_true", help="no progress bar and no output")
     command.set_defaults(run=merge)
 
-    command = commands.add_parser("inspect", help="ranks, scales and norms of every layer of an adapter")
+    command = commands.add_parser("inspect", help="ranks, scales and norms of every layer of an adapter",
+                                  description="The status is 1 if a parameter trained in full is not finite, 2 if a factor is not.")
     command.add_argument("adapter", help="folder or file of the adapter, in any format")
     command.add_argument("--base", help="base model, to compare ‖ΔW‖ with ‖W0‖")
     command.add_argument("--plot", metavar="FILE", help="draw ‖ΔW‖/‖W0‖, or ‖ΔW‖ without --base, into a picture")
@@ -189,7 +206,8 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 1 (inspect: not finite), 2 (bad usage or input) or 130 (interrupted)."""
+    """Runs a command and returns its exit status: 0, 1 (inspect: a parameter trained in full is not finite), 2 (bad usage
+    or input) or 130 (interrupted)."""
     args = _parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning

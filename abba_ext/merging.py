@@ -67,7 +67,7 @@ def merge_checkpoint(base: str | os.PathLike, adapter: str | os.PathLike, out: s
         adapter: Folder or file in any format that :func:`abba_ext.formats.read` knows.
         out: The new folder. It must not exist, or be empty.
         safe: Refuse a result that holds NaN or infinity.
-        force: Replace a model folder that is there, once the new one is complete.
+        force: Replace a model folder that is there, with all files in it, once the new one is complete.
         progress: Called with the bytes of weights written so far and their total.
 
     Returns:
@@ -75,7 +75,8 @@ def merge_checkpoint(base: str | os.PathLike, adapter: str | os.PathLike, out: s
 
     Raises:
         FileNotFoundError: See :class:`~abba_ext.base_checkpoint.BaseCheckpoint` and :func:`abba_ext.formats.read`.
-        FileExistsError: out is there and not empty, or, with force, is no model folder.
+        FileExistsError: out is there and not empty, or, with force, is no model folder or holds a folder that the base does not,
+            such as a Trainer's checkpoint.
         ValueError: The adapter does not fit the base; a weight is tied to another module; the base cannot take an update; safe
             and a result is not finite; out overlaps base or adapter. Nothing is left behind.
         BlockingIOError: Another run is writing the same folder.
@@ -214,6 +215,11 @@ def _check_out(out: Path, force: bool, sources: tuple[Path, ...]) -> None:
                                   "(--force)")
         if not (out / CONFIG_NAME).is_file():
             raise FileExistsError(f"out: {out} holds no {CONFIG_NAME}, so it is no model that force could replace")
+        kept = sorted(path.name for path in out.iterdir()
+                      if path.is_dir() and (path.name.startswith(".") or not (sources[0] / path.name).is_dir()))
+        if kept:
+            raise FileExistsError(f"out: {out} holds the folder {kept[0]!r}, which force would delete; move it, or choose another "
+                                  "folder")
 
 
 def _compare_names(expected: str | None, base: str) -> None:

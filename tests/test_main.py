@@ -197,7 +197,7 @@ def test_inspect_reports_what_is_not_finite(value, saved, tmp_path, capsys):
     assert main(["inspect", str(broken)]) == 1
     assert error_line(capsys) == "abba-ext: error: classifier.weight holds NaN or infinity"
     break_adapter(broken, "base_model.model.bert.encoder.layer.0.attention.self.query.abba_A1.weight", value)
-    assert main(["inspect", str(broken)]) != 0
+    assert main(["inspect", str(broken)]) == 2
     line = error_line(capsys)
     assert "query" in line and "a1 must be finite" in line
 
@@ -287,6 +287,17 @@ def test_errors_of_the_real_command(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == "" and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("abba-ext: error: no adapter in 'nowhere'")
+
+
+@pytest.mark.parametrize("argument, values, message", [
+    ("--device", ["foo"], "must be a device of torch, such as cpu or cuda:0, got 'foo'"),
+    ("--ranks", ["0", "4"], "must be a positive integer, got '0'"),
+    ("--shape", ["4", "-1", "4"], "must be a positive integer, got '-1'"),
+    ("--shape", ["4", "4", "x"], "must be a positive integer, got 'x'")], ids=str)
+def test_impossible_input_of_info_is_named(argument, values, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["info", argument, *values])
+    assert stopped.value.code == 2 and f"error: argument {argument}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["fly"], [], ["merge", "base"], ["convert", "a", "b", "--to", "gguf"], ["inspect"]], ids=str)

@@ -389,6 +389,17 @@ def test_destinations(tiny, tmp_path):
     assert_same_weights(out, abba_ext.merge_and_unload(model))
 
 
+@pytest.mark.parametrize("name", ["checkpoint-1", ".git"])
+def test_force_deletes_no_folder_of_others(name, tiny, tmp_path):
+    base, adapter, model = tiny
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    (tmp_path / "out" / name).mkdir()
+    (tmp_path / "out" / name / "optimizer.pt").write_text("")
+    with pytest.raises(FileExistsError, match=f"holds the folder '{name}', which force would delete"):
+        merge_checkpoint(base, adapter, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / name / "optimizer.pt").exists()
+
+
 def test_force_replaces_only_after_success(tiny, tmp_path, monkeypatch):
     base, adapter, _ = tiny
     merge_checkpoint(base, adapter, tmp_path / "out")
