@@ -173,13 +173,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("adapter", help="folder or file of the adapter, in any format")
     command.add_argument("out", help="the new folder; it appears when all is written, and an interrupted merge can go on")
     command.add_argument("--safe", action="store_true", help="refuse a result that holds NaN or infinity")
-    command.add_argument("--force", action="store_true", help="replace a model folder once the new one is complete: all files in it "
-                         "are deleted; folders in it that the base does not have are refused")
+    command.add_argument("--force", action="store_true", help="replace a model folder once the new one is complete: all files in "
+                         "it are deleted; folders in it that the base does not have are refused")
     command.add_argument("--quiet", action="store_true", help="no progress bar and no output")
     command.set_defaults(run=merge)
 
     command = commands.add_parser("inspect", help="ranks, scales and norms of every layer of an adapter",
-                                  description="The status is 1 if a parameter trained in full is not finite, 2 if a factor is not.")
+                                  description="The status is 1 if a parameter trained in full is not finite, 2 if a factor is "
+                                              "not.")
     command.add_argument("adapter", help="folder or file of the adapter, in any format")
     command.add_argument("--base", help="base model, to compare ‖ΔW‖ with ‖W0‖")
     command.add_argument("--plot", metavar="FILE", help="draw ‖ΔW‖/‖W0‖, or ‖ΔW‖ without --base, into a picture")

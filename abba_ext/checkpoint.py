@@ -135,7 +135,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: There is no adapter in the folder.
         ValueError: The file is not one of this format or is damaged; keys are missing, unknown or of another shape; the
-            model lacks a layer or has it in another size. The model is left unchanged.
+            model lacks a layer or has it in another size, or ties a trained parameter to others than the model that was trained.
+            The model is left unchanged.
     """
     description, state = read_adapter(directory)
     config = AbbaConfig.from_dict(description["config"])

@@ -77,8 +77,8 @@ def merge_checkpoint(base: str | os.PathLike, adapter: str | os.PathLike, out: s
         FileNotFoundError: See :class:`~abba_ext.base_checkpoint.BaseCheckpoint` and :func:`abba_ext.formats.read`.
         FileExistsError: out is there and not empty, or, with force, is no model folder or holds a folder that the base does not,
             such as a Trainer's checkpoint.
-        ValueError: The adapter does not fit the base; a weight is tied to another module; the base cannot take an update; safe
-            and a result is not finite; out overlaps base or adapter. Nothing is left behind.
+        ValueError: The adapter does not fit the base; a weight is tied to another module, or a copy of a tied one was trained; the
+            base cannot take an update; safe and a result is not finite; out overlaps base or adapter. Nothing is left behind.
         BlockingIOError: Another run is writing the same folder.
         OSError: The disk is full, or the folder cannot be written. What was merged is kept for the next run.
     """
@@ -146,10 +146,9 @@ def plan_changes(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, Laye
         changes |= dict.fromkeys(keys, LayerUpdate(factors, transposed))
     for name, value in adapter.trained.items():
         keys = checkpoint.keys(name)
-        equal = [other for other, tensor in adapter.trained.items() if torch.equal(tensor, value)]  # copies that stay one
-        tied = [alias for alias in checkpoint.aliases(name) if alias not in equal]
-        trained_as = [alias for alias in adapter.tied[name] if alias not in equal] if name in adapter.tied else None
-        problem = tie_problem(name, trained_as, tied)
+        tied = checkpoint.aliases(name)
+        equal = all(alias in adapter.trained and torch.equal(adapter.trained[alias], value) for alias in tied)
+        problem = None if tied and equal else tie_problem(name, adapter.tied.get(name), tied)  # equal copies can become one
         if problem:
             problems.append(problem)
             continue

@@ -588,7 +588,7 @@ def test_stacked_experts_are_refused_by_that_name(tmp_path):
     save_file(state, tmp_path / "peft" / WEIGHTS_NAME)
     (tmp_path / "peft" / PEFT_CONFIG_NAME).write_text(json.dumps(good_peft()[1]))
     for folder in ("own", "peft"):
-        with pytest.raises(ValueError, match="layer '.*experts.*' adapts stacked experts, a parameter of several matrices.*and_unl"):
+        with pytest.raises(ValueError, match="layer '.*experts.*' adapts stacked experts, a parameter of several matrices"):
             read(tmp_path / folder)
 
 
