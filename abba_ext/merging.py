@@ -55,8 +55,8 @@ def merge_checkpoint(base: str | os.PathLike, adapter: str | os.PathLike, out: s
     The weights are those of :func:`abba_ext.merge_and_unload`: sums in fp32 (fp64 for fp64 weights or factors), rounded once to
     the stored dtype. Shards keep their names, keys and order. Other files are copied byte for byte, except hidden ones and
     other weights, which would stay unmerged: those in other formats (.bin, .gguf, .onnx, ...), and .safetensors that are no
-    shards of the model, of which a warning tells. In memory are the adapter and one block of one
-    weight: 1 MiB of it or 64 rows, whichever is more, as stored, and a few times that in the dtype of the sum.
+    shards of the model, of which a warning tells. In memory are the adapter and one block of one weight: 1 MiB of it or 64 rows,
+    whichever is more, as stored, and a few times that in the dtype of the sum.
 
     OUT appears whole, by one rename, or not at all. Until then the work is in `.OUT.partial` beside it; where that is left by a
     run that was cut short, a run with the same inputs goes on at the first missing shard, and one with other inputs starts over.
@@ -161,6 +161,8 @@ def plan_changes(checkpoint: BaseCheckpoint, adapter: Adapter) -> dict[str, Laye
                                 f"{list(value.shape)} {value.dtype}")
             elif isinstance(changes.get(key), LayerUpdate):
                 problems.append(f"{name!r} is both adapted and trained in full")
+            elif key in changes and not torch.equal(changes[key], value):
+                problems.append(f"{name!r} was trained in full twice, by two of its names, with two results")
             changes[key] = value
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""

@@ -593,6 +593,14 @@ def test_equal_copies_of_a_tied_weight_are_merged_as_one(tmp_path):
     assert_same_weights(tmp_path / "out", abba_ext.merge_and_unload(model))
 
 
+def test_two_values_of_one_stored_tensor_are_refused(tmp_path):
+    base, adapter, _ = build(tmp_path, "gpt2")
+    trained = {name: torch.randn(64, 32) for name in ("transformer.wte.weight", "lm_head.weight")}
+    formats.write(formats.Adapter(formats.read(adapter).layers, trained=trained), tmp_path / "twice")
+    with pytest.raises(ValueError, match="'lm_head.weight' was trained in full twice"):
+        merge_checkpoint(base, tmp_path / "twice", tmp_path / "out")
+
+
 def test_trained_parameters_that_the_base_lacks(tmp_path):
     base, adapter, _ = build(tmp_path, "bert")
     rewritten = {key: value for key, value in stored(base).items() if not key.startswith("classifier")}

@@ -327,8 +327,8 @@ def _trained_in_full(rest: dict[str, Tensor], config: dict[str, Any]) -> tuple[d
     embeddings = [key for key in unknown if ".base_layer." in key or _VOCABULARY.search(key)]
     if embeddings:
         raise ValueError(f"{_listed(embeddings)}: PEFT saved embedding layers of the base too, as they are adapted or were "
-                         "resized; if they are those of the base, save the adapter with save_embedding_layers=False, else merge it in PEFT "
-                         "(merge_and_unload)")
+                         "resized; if they are those of the base, save the adapter with save_embedding_layers=False, else merge "
+                         "it in PEFT (merge_and_unload)")
     _refuse_unknown(unknown)
     return trained, tied
 
