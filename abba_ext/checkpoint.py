@@ -89,8 +89,9 @@ def _warn_of_losses(model: nn.Module, state: dict[str, Tensor]) -> None:
     if unsaved:
         warnings.warn(f"{len(unsaved)} trainable parameters are no part of the adapter and are not saved with it: {unsaved[0]!r}, "
                       "...; name their modules in modules_to_save", stacklevel=3)
-    resting = [name for name in abba_layers(model) if not state[f"{name}.abba_B2"].any()]
-    if 0 < len(resting) < len(abba_layers(model)):
+    layers = abba_layers(model)
+    resting = [name for name in layers if not state[f"{name}.abba_B2"].any()]
+    if 0 < len(resting) < len(layers):
         warnings.warn(f"ΔW of {len(resting)} layers is still 0: {resting[0]!r}, ... took no part in training; a module that reads "
                       "the weight of a layer without calling it bypasses the adapter", stacklevel=3)
 
@@ -141,13 +142,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     description, state = read_adapter(directory)
     config = AbbaConfig.from_dict(description["config"])
     layers, trained = description["layers"], description["trained_base_parameters"]
-    if not is_patched(model):
+    patched = is_patched(model)
+    if not patched:
         check_patchable(model)
     _check_state(model, layers, trained, state, description.get("tied", {}))
     name, base_name = _base_model_name(model), description["base_model_name_or_path"]
     if name and base_name and os.path.basename(name.rstrip("/")) != os.path.basename(base_name.rstrip("/")):
         warnings.warn(f"the adapter was trained on {base_name!r} and is loaded into {name!r}", stacklevel=2)
-    if not is_patched(model):
+    if not patched:
         targets = {layer: find_layer(model, layer) for layer in layers}
         factors = {layer: {key: state[f"{layer}.{key}"].to(weight_device(target)) for key in FACTORS}
                    for layer, target in targets.items()}

@@ -321,11 +321,12 @@ def _truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
     if not torch.isfinite(matrix).all():
         raise ValueError("init 'svd' needs a finite weight, got NaN or infinity in it")
     width = min(rank + 16, *matrix.shape[-2:])  # oversampling makes the randomised range finder near-optimal
-    matrix = matrix if matrix.is_cuda else matrix.cpu()
-    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []), torch.device(matrix.device):
-        if matrix.is_cuda:  # torch.manual_seed would seed all devices, and only the forked ones are restored
-            torch.cuda.default_generators[matrix.device.index].manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)
+    # The generator of one device: torch.manual_seed would seed all, and fork_rng restores those alone that it is given.
+    if matrix.is_cuda:
+        forked, generator = [matrix.device], torch.cuda.default_generators[matrix.device.index]
+    else:
+        matrix, forked, generator = matrix.cpu(), [], torch.default_generator
+    with torch.random.fork_rng(devices=forked), torch.device(matrix.device):
+        generator.manual_seed(seed)
         u, sigma, v = torch.svd_lowrank(matrix, q=width, niter=2)
     return u[..., :rank].cpu(), sigma[..., :rank].cpu(), v[..., :rank].cpu()

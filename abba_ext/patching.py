@@ -1,7 +1,6 @@
 """Puts ABBA layers into a model and takes them out again: patch_model, unpatch_model, merge, disable_adapter."""
 import contextlib
 import difflib
-import itertools
 import math
 import re
 import sys
@@ -347,8 +346,8 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
     candidates = {name: modules[name] for name, reason in reasons.items() if reason is None}
     wanted = config.target_modules
 
-    def split(patterns):
-        return [patterns] if isinstance(patterns, str) else [[suffix] for suffix in patterns]
+    def one_by_one(patterns):
+        return {patterns: patterns} if isinstance(patterns, str) else {suffix: [suffix] for suffix in patterns}
 
     def fits(patterns, name):
         names = aliases[id(modules[name])]
@@ -363,10 +362,10 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
         inside = [name for name in free if any(name.startswith(block) for block in blocks) and min(features(modules[name])) > 1]
         selected = inside if wanted is None and inside else free
     else:
-        for pattern in split(wanted):
+        for text, pattern in one_by_one(wanted).items():
             if not any(fits(pattern, name) for name in candidates):
                 misfits = {name: reasons[name] for name in modules if fits(pattern, name)}
-                raise ValueError(_nothing_matched(pattern if isinstance(pattern, str) else pattern[0], candidates, misfits))
+                raise ValueError(_nothing_matched(text, candidates, misfits))
         selected = [name for name in candidates if fits(wanted, name)]
     parameters = _target_parameters(modules, config)
     selected += parameters
@@ -377,9 +376,9 @@ def find_targets(model: nn.Module, config: AbbaConfig) -> dict[str, nn.Module]:
             raise ValueError(f"layers_to_transform {missing}: the targets lie in blocks {sorted(set(indices.values()))}")
         selected = [name for name in selected if indices.get(name) in config.layers_to_transform]
     if config.exclude_modules is not None:
-        for pattern in split(config.exclude_modules):
+        for text, pattern in one_by_one(config.exclude_modules).items():
             if not any(fits(pattern, name) for name in modules):
-                raise ValueError(f"exclude_modules: {pattern if isinstance(pattern, str) else pattern[0]!r} matches no module")
+                raise ValueError(f"exclude_modules: {text!r} matches no module")
         selected = [name for name in selected if name in parameters or not fits(config.exclude_modules, name)]
     if not selected:
         refused = [f"{name!r} {reason}" for name, reason in reasons.items() if reason and is_linear(modules[name])]
@@ -538,32 +537,34 @@ def _find_trained(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, 
     if not missing or core_model_loading is None or not hasattr(model, "config") or not any(map(_is_factor, state_dict)):
         return
     # Numbers in their place show where the conversion leaves every element of a factor; of a whole head, whether it moves it as it is.
-    sizes = [parameter.numel() if _is_factor(name) else 1 for name, parameter in missing.items()]
-    starts = dict(zip(missing, itertools.accumulate([0, *sizes]), strict=False))
-    numbers = {name: (torch.arange(starts[name], starts[name] + parameter.numel()).view(parameter.shape) if _is_factor(name)
-                      else torch.tensor(starts[name]).expand(parameter.shape)) for name, parameter in missing.items()}
+    numbers, count = {}, 0
+    for name, parameter in missing.items():
+        if _is_factor(name):
+            numbers[name] = torch.arange(count, count + parameter.numel()).view(parameter.shape)
+            count += parameter.numel()
+        else:
+            numbers[name] = torch.tensor(count).expand(parameter.shape)  # strides of 0, until something is done to it
+            count += 1
     try:
         converted = core_model_loading.revert_weight_conversion(model, numbers)
     except Exception as error:  # whatever a conversion for weights does to factors; torch then tells what is missing
         warnings.warn(f"the names of the checkpoint could not be taken back: {error}", stacklevel=2)
         return
-    elements, known, heads = torch.empty(sum(sizes), dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.bool), {}
+    elements, known, heads = torch.empty(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool), {}
     for name, number in converted.items():
         value = state_dict.get(prefix + name)
         if value is None or value.shape != number.shape:
             continue
-        if number.dim() and not any(number.stride()):
-            heads[int(number.flatten()[0])] = value
+        if any(number.stride()):
+            elements[number], known[number] = value.to(elements), True
         else:
-            elements[number.flatten()] = value.flatten().to(elements)
-            known[number.flatten()] = True
+            heads[int(number.flatten()[0])] = value
         del state_dict[prefix + name]
-    for (name, parameter), size in zip(missing.items(), sizes, strict=True):
-        part = slice(starts[name], starts[name] + size)
-        if starts[name] in heads:
-            state_dict[prefix + name] = heads[starts[name]]
-        elif _is_factor(name) and known[part].all():
-            state_dict[prefix + name] = elements[part].view(parameter.shape).to(parameter.dtype)
+    for name, number in numbers.items():
+        if known[number].all():
+            state_dict[prefix + name] = elements[number].to(missing[name].dtype)
+        elif int(number.flatten()[0]) in heads:
+            state_dict[prefix + name] = heads[int(number.flatten()[0])]
 
 
 def _is_factor(name: str) -> bool:

@@ -89,6 +89,26 @@ def test_resuming_finds_factors_that_were_stored_by_other_names(build, tmp_path)
         assert torch.equal(value, other) or not value.requires_grad, key
 
 
+def test_every_trained_tensor_of_another_name_is_found(monkeypatch):
+    """Also the bias of a head with one output."""
+    from transformers import core_model_loading
+
+    def build():
+        torch.manual_seed(0)
+        return abba_ext.patch_model(tf.BertForSequenceClassification(tf.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+                                                                                   num_hidden_layers=1, num_attention_heads=4, num_labels=1)))
+
+    model, again = build(), build()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion",
+                        lambda model, tensors: {f"hub.{name}": tensor for name, tensor in tensors.items()})
+    again.load_state_dict({f"hub.{name}": value for name, value in model.state_dict().items()}, strict=False)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert "classifier.bias" in trained and "classifier.weight" in trained
+    assert all(torch.equal(again.get_parameter(name), model.get_parameter(name)) for name in trained)
+
+
 def test_factors_that_were_stored_joined_are_found(tmp_path):
     """The hub has q, k and v of Nomic's BERT as one weight, and so transformers stores their factors too."""
     model = abba_ext.patch_model(tf.NomicBertModel(tf.NomicBertConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
