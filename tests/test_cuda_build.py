@@ -1,35 +1,21 @@
-"""The CUDA kernels as nvcc compiles them: registers, spills and machine code. No GPU is needed.
+"""The CUDA kernels in the installed module, for each architecture that it was built for: registers and machine code. No GPU is needed.
 
-Skipped where there is no nvcc, and nowhere else: with nvcc, a missing nvdisasm is a failure.
+Skipped where the module was built without them, and nowhere else: a missing cuobjdump or nvdisasm is a failure.
 """
+import functools
 import importlib.metadata
 import re
 import shutil
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from torch.utils import cpp_extension
+
+from abba_ext import _C, ops
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "build_support"))
-import cuda_toolkit  # noqa: E402
-
-UNITS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("sm_80", "sm_90a")
-
-
-def is_for_hopper(unit):
-    return unit.stem.endswith("_sm90")
-
-
-# For other architectures the units for Hopper hold empty kernels.
-BUILDS = [(unit, architecture) for unit in UNITS for architecture in ARCHITECTURES
-          if architecture == "sm_90a" or not is_for_hopper(unit)]
 
 
 @dataclass(frozen=True)
@@ -55,90 +41,78 @@ FAMILIES = {
 }
 
 
-# --- the compiler's report ---
+# --- what is in the module ---
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kernel:
+    architecture: str
     family: str
     name: str  # from the family on, mangled
     registers: int
-    stack_frame: int  # bytes; those of spilled registers included
-    spill_stores: int
-    spill_loads: int
+    stack: int  # bytes per thread; those of spilled registers included
     code: str  # its instructions, as nvdisasm prints them
-    remarks: str  # of the compiler, on what it could not do well
+
+    @functools.cached_property
+    def loops(self):
+        return main_loops(self.code)
 
 
-REPORT = re.compile(r"""Compiling\ entry\ function\ '(?P<symbol>\w+)'.*?
-    (?P<stack>\d+)\ bytes\ stack\ frame,\ (?P<stores>\d+)\ bytes\ spill\ stores,\ (?P<loads>\d+)\ bytes\ spill\ loads.*?
-    Used\ (?P<registers>\d+)\ registers""", re.X | re.S)
-
-
-def find_nvdisasm():
+def tool(name):
+    """Its path: from the package of that name, or on PATH."""
     try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm")
-        return str(next(file for file in files if file.name == "nvdisasm").locate())
+        files = importlib.metadata.files(f"nvidia-cuda-{name}")
+        found = str(next(file for file in files if file.name == name).locate())
     except importlib.metadata.PackageNotFoundError:
-        return shutil.which("nvdisasm")
+        found = shutil.which(name)
+    assert found, f"the module has CUDA kernels, but {name} is not here: `pip install nvidia-cuda-{name}`"
+    return found
 
 
-def compile_unit(nvcc, nvdisasm, unit, architecture, folder):
-    """The kernels of one unit, compiled with the flags of the build, unless that was done in this folder before."""
-    cubin, remarked, listing = (folder / f"{unit.stem}.{architecture}.{kind}" for kind in ("cubin", "txt", "sass"))
-    if not listing.exists():
-        command = [nvcc, "-cubin", f"-arch={architecture}", "-Xptxas=-v", *cpp_extension.COMMON_NVCC_FLAGS,
-                   *cuda_toolkit.FLAGS, "-O3", "-o", str(cubin), str(unit)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        remarked.write_text(done.stderr)
-        listing.write_text(subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout)
-    printed = remarked.read_text()
-    code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-----|\Z)", listing.read_text(), re.M | re.S))
-    kernels = []
-    for report in REPORT.finditer(printed):
-        if name := re.search(r"\d((?:[a-z]+_)+(?:sm\d+_)?kernel)\w*", report["symbol"]):
-            numbers = [int(report[key]) for key in ("registers", "stack", "stores", "loads")]
-            remarks = "\n".join(line for line in printed.splitlines() if report["symbol"] in line and "Loss" in line)
-            kernels.append(Kernel(name[1], name[0][1:], *numbers, code[report["symbol"]], remarks))
-    return kernels
+def output(*command, **options):
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **options).stdout
 
 
 @pytest.fixture(scope="session")
 def kernels(shared_tmp):
-    """(unit, architecture) -> its kernels, compiled two at a time; once for all workers of pytest-xdist."""
-    try:
-        nvcc = cuda_toolkit.find_nvcc()
-    except cuda_toolkit.Unusable as reason:
-        pytest.skip(f"no CUDA kernels are compiled: {reason}")
-    nvdisasm = find_nvdisasm()
-    assert nvdisasm, "nvcc is here but nvdisasm is not: `pip install nvidia-cuda-nvdisasm`"
-    folder = shared_tmp / "cubins"
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / "lock"), ThreadPoolExecutor(2) as pool:
-        return dict(zip(BUILDS, pool.map(lambda pair: compile_unit(nvcc, nvdisasm, *pair, folder), BUILDS), strict=True))
+    """Those that do something: for other architectures than sm_90a the kernels for Hopper are empty."""
+    if not ops.build_info()["cuda"]:
+        pytest.skip("built without CUDA kernels")
+    folder, cuobjdump = shared_tmp / "cubins", tool("cuobjdump")
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():  # once for all workers of pytest-xdist
+            folder.mkdir()
+            output(cuobjdump, "-xelf", "all", _C.__file__, cwd=folder)
+            for cubin in list(folder.iterdir()):
+                cubin.with_suffix(".sass").write_text(output(tool("nvdisasm"), "-c", cubin))
+    code = {}
+    for listing in folder.glob("*.sass"):
+        sections = re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-----|\Z)", listing.read_text(), re.M | re.S)
+        code |= {(listing.suffixes[-2][1:], symbol): text for symbol, text in sections}
+    kernels = []
+    for part in output(cuobjdump, "-res-usage", _C.__file__).split("\narch = ")[1:]:
+        architecture = part.split()[0]
+        for symbol, registers, stack in re.findall(r" Function (\w+):\s+REG:(\d+) STACK:(\d+)", part):
+            if name := re.search(r"\d((?:[a-z]+_)+(?:sm\d+_)?kernel)\w*", symbol):
+                kernels.append(Kernel(architecture, name[1], name[0][1:], int(registers), int(stack), code[architecture, symbol]))
+    return [kernel for kernel in kernels if kernel.architecture == "sm_90a" or not FAMILIES[kernel.family].hopper]
 
 
-each_build = pytest.mark.parametrize("unit, architecture", BUILDS, ids=lambda value: getattr(value, "stem", value))
+def test_every_kernel_is_there_for_every_architecture(kernels):
+    built = {number[0] + number[1] for number in re.findall(r"(\d+)\.(\d)", ops.build_info()["cuda"])}
+    expected = {(f"sm_{number}" + "a" * (number == "90"), name) for number in built for name, family in FAMILIES.items()
+                if number == "90" or not family.hopper}
+    assert {(kernel.architecture, kernel.family) for kernel in kernels} == expected, "FAMILIES says what is expected of each kernel"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_belongs_to_a_family(architecture, kernels):
-    families = {kernel.family for build in BUILDS if build[1] == architecture for kernel in kernels[build]}
-    expected = {name for name, family in FAMILIES.items() if architecture == "sm_90a" or not family.hopper}
-    assert families == expected, "FAMILIES in this file says what is expected of each kernel"
-
-
-@each_build
-def test_no_register_is_spilled(unit, architecture, kernels):
-    for kernel in kernels[unit, architecture]:
-        assert (kernel.stack_frame, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel.name
+def test_no_register_is_spilled(kernels):
+    for kernel in kernels:
+        assert kernel.stack == 0, kernel
         assert not re.search(r"\b(LDL|STL)\b", kernel.code), kernel.name
 
 
-@each_build
-def test_registers_per_thread(unit, architecture, kernels):
-    over = [(kernel.name, kernel.registers) for kernel in kernels[unit, architecture]
+def test_registers_per_thread(kernels):
+    over = [(kernel.architecture, kernel.name, kernel.registers) for kernel in kernels
             if kernel.registers > FAMILIES[kernel.family].max_registers]
     assert not over
 
@@ -146,13 +120,12 @@ def test_registers_per_thread(unit, architecture, kernels):
 def test_warpgroups_share_the_registers_of_the_launch(kernels):
     """One warpgroup gives and two take; to take more than is there would be to wait for ever."""
     launched = 65536 // 384 // 8 * 8
-    for unit, architecture in BUILDS:
-        for kernel in kernels[unit, architecture]:
-            given, taken = (re.findall(rf"\bUSETMAXREG\.{kind}\S* .*?(0x\w+)", kernel.code) for kind in ("DEALLOC", "TRY_ALLOC"))
-            assert (len(given), len(taken)) == ((1, 1) if kernel.family == "factor_grad_sm90_kernel" else (0, 0)), kernel.name
-            if given:
-                assert kernel.registers == launched, kernel.name
-                assert int(given[0], 16) + 2 * int(taken[0], 16) <= 3 * launched, kernel.name
+    for kernel in kernels:
+        given, taken = (re.findall(rf"\bUSETMAXREG\.{kind}\S* .*?(0x\w+)", kernel.code) for kind in ("DEALLOC", "TRY_ALLOC"))
+        assert (len(given), len(taken)) == ((1, 1) if kernel.family == "factor_grad_sm90_kernel" else (0, 0)), kernel.name
+        if given:
+            assert kernel.registers == launched, kernel.name
+            assert int(given[0], 16) + 2 * int(taken[0], 16) <= 3 * launched, kernel.name
 
 
 # --- machine code ---
@@ -215,19 +188,15 @@ INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)\s*(.*?
 
 def main_loops(code):
     """The innermost loops with tensor core instructions, each as a list of instructions."""
-    instructions, labels, jumps = [], {}, []
-    for line in code.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif match := INSTRUCTION.match(line):
-            if target := re.search(r"`\((\.L_x_\d+)\)", match[2]):
-                jumps.append((target[1], len(instructions)))
-            instructions.append(Instruction(match[1], re.split(r",\s*", match[2])))
-    loops = [(labels[target], at) for target, at in jumps if labels[target] <= at
-             and any(instruction.mnemonic in TENSOR_CORES for instruction in instructions[labels[target]:at + 1])]
+    lines = code.splitlines()
+    labels = {line.partition(":")[0]: at for at, line in enumerate(lines) if line.startswith(".L_x_")}
+    jumps = [(labels[target[1]], at) for at, line in enumerate(lines) if (target := re.search(r"`\((\.L_x_\d+)\)", line))]
+    products = [at for at, line in enumerate(lines) if re.search(rf"\b({'|'.join(TENSOR_CORES)})\b", line)]
+    loops = {(first, last) for first, last in jumps if any(first <= at <= last for at in products)}
     innermost = [(first, last) for first, last in loops
                  if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)]
-    return [instructions[first:last + 1] for first, last in sorted(set(innermost))]
+    return [[Instruction(match[1], re.split(r",\s*", match[2])) for line in lines[first:last + 1] if (match := INSTRUCTION.match(line))]
+            for first, last in sorted(innermost)]
 
 
 def follow_products(loop):
@@ -248,32 +217,28 @@ def follow_products(loop):
     return without, stores
 
 
-@each_build
-def test_tensor_cores_and_asynchronous_copies(unit, architecture, kernels):
-    for kernel in kernels[unit, architecture]:
+def test_tensor_cores_and_asynchronous_copies(kernels):
+    for kernel in kernels:
         family = FAMILIES[kernel.family]
-        assert bool(main_loops(kernel.code)) == family.tensor_cores, kernel.name
+        assert bool(kernel.loops) == family.tensor_cores, kernel.name
         copy = "UTMALDG" if family.hopper else "LDGSTS"
         assert bool(re.search(rf"\b{copy}\b", kernel.code)) == family.copies, kernel.name
-        mnemonics = {instruction.mnemonic for loop in main_loops(kernel.code) for instruction in loop}
+        mnemonics = {instruction.mnemonic for loop in kernel.loops for instruction in loop}
         assert mnemonics.intersection(TENSOR_CORES) == ({"HGMMA"} if family.hopper else {"HMMA"} if family.tensor_cores else set())
 
 
-@each_build
-def test_tensor_core_instructions_overlap(unit, architecture, kernels):
-    """ptxas says where it had to wait for each wgmma before the next (C7508 to C7515). Only the wait after the loop is for all."""
-    for kernel in kernels[unit, architecture]:
-        assert not kernel.remarks
+def test_tensor_core_instructions_overlap(kernels):
+    """Only the wait after the loop is for all; where ptxas cannot let them overlap (C7508 to C7515) it waits after each wgmma."""
+    for kernel in kernels:
         if FAMILIES[kernel.family].hopper:
             waits = re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", kernel.code)
             assert waits.count("0x0") == 1 and waits.count("0x1") == len(waits) - 1 >= 2, kernel.name
 
 
-@each_build
-def test_products_of_factors_go_from_register_to_tensor_core(unit, architecture, kernels):
+def test_products_of_factors_go_from_register_to_tensor_core(kernels):
     """The Khatri-Rao operand is made where it is used: it passes through no memory."""
-    for kernel in kernels[unit, architecture]:
-        for loop in main_loops(kernel.code):
+    for kernel in kernels:
+        for loop in kernel.loops:
             without, stores = follow_products(loop)
             assert not stores, kernel.name
             if FAMILIES[kernel.family].products:
