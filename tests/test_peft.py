@@ -137,7 +137,7 @@ def test_config_round_trip(tmp_path):
 @pytest.mark.parametrize("kwargs, message", [
     ({"r1": 2, "r2": None}, "r1 and r2 must be given together"),
     ({"scaling": "lora"}, "scaling must be one of"),
-    ({"init_weights": "pissa"}, "init must be one of"),
+    ({"init_weights": "pissa"}, "init_weights must be True, False, 'svd' or 'random', got 'pissa'"),
     ({"abba_dropout": 1.0}, "dropout must be in"),
     ({"bias": "lora_only"}, "bias must be one of"),
     ({"rank_pattern": {"up": 1}}, "must be at least 2"),
@@ -489,6 +489,10 @@ def test_what_cannot_be_adapted_is_refused():
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="target '0' is a LayerNorm; linear layers"):
         get_peft_model(model, config(target_modules=["0"]))
+    patched = abba_ext.patch_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+                                   abba_ext.AbbaConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="model has ABBA layers of patch_model, which PEFT would not save"):
+        get_peft_model(patched, config(target_modules=["1"]))
 
 
 class Experts(nn.Module):

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftType
 
-from ..config import AbbaConfig, peft_pattern
+from ..config import INITS, AbbaConfig, peft_pattern
 
 
 @dataclass
@@ -64,6 +64,8 @@ class AbbaPeftConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if self.init_weights not in (True, False, *INITS):
+            raise ValueError(f"init_weights must be True, False, {' or '.join(map(repr, INITS))}, got {self.init_weights!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform, the indices of the layers to adapt")
         self.abba_config()

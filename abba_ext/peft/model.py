@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import bases
 from ..config import AbbaConfig
 from ..layers import FACTORS
-from ..patching import find_targets
+from ..patching import find_targets, is_patched
 from ..reference import khatri_rao, truncated_product
 from .config import AbbaPeftConfig
 from .layer import AbbaTunerLayer, AbbaTunerLinear, ParamWrapper
@@ -31,6 +31,9 @@ class AbbaModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: AbbaPeftConfig, model_config: dict) -> AbbaPeftConfig:
+        if is_patched(self.model):
+            raise ValueError("model has ABBA layers of patch_model, which PEFT would not save; call "
+                             "abba_ext.unpatch_model(model) first, or train it without PEFT")
         if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config.target_modules = _default_targets(self.model, peft_config)
         return peft_config
