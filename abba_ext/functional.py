@@ -61,11 +61,16 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         factor_dtype: Dtype of the four factors; None: float32 beside half-precision activations, else the activations'.
 
     Raises:
-        ValueError: For an unknown plan, or the dense plan in half precision.
+        ValueError: For a size, dtype or plan that cannot be, or the dense plan in half precision.
         RuntimeError: If the CUDA runtime fails when it is asked about the device.
     """
     device = torch.device(device)
     sizes = (num_tokens, in_features, out_features, r1, r2)
+    for name, size in zip(("num_tokens", "in_features", "out_features", "r1", "r2"), sizes, strict=True):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive int, got {size!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
     chosen = _choose_plan(*sizes, dtype, device.type, plan)
     if device.type == "cpu":
         if plan != "auto":
@@ -107,6 +112,7 @@ def _costs(num_tokens, in_features, out_features, r1, r2) -> tuple[int, int]:
     return khatri_rao, 2 * out_features * in_features * (num_tokens + 4 * (r1 + r2))
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DENSE_DTYPES = (torch.float32, torch.float64)
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # By how much T and R seem larger than they are: forming and staging operands, passes over x and y. Measured on 2 cores
@@ -359,6 +365,8 @@ def _check_factors(x, a1, b1, a2, b2, scale):
         raise ValueError(f"scale must be finite, got {scale}")
     if x.dim() == 0:
         raise ValueError("x must be [..., n], got a scalar")
+    if a1.dtype not in _DTYPES:
+        raise ValueError(f"a1 must be one of {_DTYPES}, got {a1.dtype}")
     n, m = x.size(-1), b1.size(0) if b1.dim() == 2 else None
     for name, factor, rank_dim, features in (("a1", a1, 0, n), ("b1", b1, 1, m), ("a2", a2, 0, n), ("b2", b2, 1, m)):
         if factor.dim() != 2 or factor.size(1 - rank_dim) != features or factor.size(rank_dim) < 1:

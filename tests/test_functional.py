@@ -290,6 +290,17 @@ def test_plan_follows_cost_processor_and_dtype(monkeypatch):
     assert kernel_plan(512, 768, 768, 16, 16, torch.float32, "cuda")[:2] == ("khatri_rao", "composite")
 
 
+@pytest.mark.parametrize("arguments, message", [
+    ((512, 768, 768, 16, 16, "float32"), "dtype must be one of .*torch.float32, .*got 'float32'"),
+    ((512, 768, 768, 16, 16, torch.int8), "dtype must be one of .*got torch.int8"),
+    ((512, 768, 768, 0, 16), "r1 must be a positive int, got 0"),
+    ((512, 768, 768.0, 16, 16), "out_features must be a positive int, got 768.0"),
+], ids=str)
+def test_a_plan_of_nothing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kernel_plan(*arguments)
+
+
 @pytest.mark.parametrize("key", ["MPS", "XPU"])
 def test_devices_without_kernels_run_the_composite(key):
     """Its operators, called as such a device would call them, on CPU tensors."""
@@ -335,6 +346,8 @@ ERRORS = {
     "b2 rows": (bad(b2=torch.ones(6, 3)), ValueError, r"b2 must be \[m, r2\] with m = 5, got \[6, 3\]"),
     "b1 rank": (bad(b1=torch.ones(5, 4)), ValueError, r"b1 must be \[m, r1\] with r1 = 2 as in a1, got \[5, 4\]"),
     "rank 0": (bad(a1=torch.ones(0, 4), b1=torch.ones(5, 0)), ValueError, r"a1 must be \[r1, n\]"),
+    "complex factors": (bad(**{name: bad()[name].to(torch.complex64) for name in NAMES[3:]}), ValueError,
+                        "a1 must be one of .*torch.float32, .*got torch.complex64"),
     "factor dtype": (bad(b1=torch.ones(5, 2, dtype=torch.bfloat16)), ValueError, "b1 must have a1's dtype .*got torch.bfloat16"),
     "weight": (bad(weight=torch.ones(4, 5)), ValueError, r"weight must be \[m, n\] = \[5, 4\] .*got \[4, 5\]"),
     "weight dtype": (bad(weight=torch.ones(5, 4).half()), ValueError, "weight must have x's dtype and device"),
