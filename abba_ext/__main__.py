@@ -11,6 +11,7 @@ import torch
 
 from . import __version__, ops
 from .config import DTYPES
+from .formats import READ_FORMATS, WRITE_FORMATS
 from .functional import kernel_plan
 
 _SHAPES = ((1024, 768, 768), (1024, 768, 3072), (1024, 2048, 2048))
@@ -45,10 +46,12 @@ def info(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """Merges on disk, with a progress bar; an interrupted merge can go on later."""
-    from tqdm import tqdm
-
     from .merging import merge_checkpoint, partial_folder
 
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("merging on disk needs tqdm: pip install 'abba_ext[cli]'") from None
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=True if args.quiet else None) as bar:
 
         def progress(written: int, total: int) -> None:
@@ -187,15 +190,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=inspect)
 
-    command = commands.add_parser("convert", help="write an adapter in another format; LoRA is exact")
+    command = commands.add_parser("convert", help="write an adapter in another format; LoRA is exact",
+                                  description="abba: abba_ext's own format; peft, loha, lora: PEFT's ABBA, LoHa and LoRA; "
+                                              "authors: the paper's code; lycoris: LyCORIS and its forks.")
     command.add_argument("adapter", help="folder or file of the adapter")
     command.add_argument("out", help="the new folder")
-    command.add_argument("--to", required=True, choices=("abba", "peft", "loha", "lora"))
-    command.add_argument("--from", dest="source", default="auto", help="format of the adapter, where the files do not tell")
+    command.add_argument("--to", required=True, choices=WRITE_FORMATS)
+    command.add_argument("--from", dest="source", default="auto", choices=("auto", *READ_FORMATS),
+                         help="format of the adapter, where the files do not tell")
     command.add_argument("--base", help="base model, to look the layers up in: their kinds, and flattened names of LyCORIS files")
-    command.add_argument("--rank", type=int, help="truncate a LoRA to this rank")
-    command.add_argument("--scaling", type=_scaling, help="how s follows from α, or s, where the files do not say")
-    command.add_argument("--dtype", choices=DTYPES, help="of the factors")
+    command.add_argument("--rank", type=_positive, help="truncate a LoRA to this rank; by default it is r1·r2, which is exact")
+    command.add_argument("--scaling", type=_scaling, help="what s is, where the files do not say: paper (α²/√(r1·r2)), "
+                         "official (α), peft (α/r) or a number, s itself")
+    command.add_argument("--dtype", choices=DTYPES, help="of the factors (default: float32 for lora, else as they are)")
     command.add_argument("--task-type", help="PEFT's, such as CAUSAL_LM; by default the adapter's")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=convert)

@@ -70,6 +70,12 @@ def test_merge_prints_the_folder_and_warns_of_another_name(saved, tmp_path, caps
     assert output.err == f"abba-ext: warning: the adapter was trained on 'org/base' and is merged into '{tmp_path / 'other'}'\n"
 
 
+def test_merge_says_what_it_needs(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main(["merge", *map(str, saved), str(tmp_path / "merged")]) == 2
+    assert error_line(capsys) == "abba-ext: error: merging on disk needs tqdm: pip install 'abba_ext[cli]'"
+
+
 # --- inspect ---
 
 _KEYS = {"name": str, "r1": int, "r2": int, "scale": float, "parameters": int, "norm_A1": float, "norm_B1": float,
@@ -300,7 +306,9 @@ def test_impossible_input_of_info_is_named(argument, values, message, capsys):
     assert stopped.value.code == 2 and f"error: argument {argument}: {message}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["fly"], [], ["merge", "base"], ["convert", "a", "b", "--to", "gguf"], ["inspect"]], ids=str)
+@pytest.mark.parametrize("command", [["fly"], [], ["merge", "base"], ["convert", "a", "b", "--to", "gguf"], ["inspect"],
+                                     ["convert", "a", "b", "--to", "abba", "--from", "kohya"],
+                                     ["convert", "a", "b", "--to", "lora", "--rank", "0"]], ids=str)
 def test_bad_usage(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(command)
