@@ -135,6 +135,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
 
     Raises:
         FileNotFoundError: There is no adapter in the folder.
+        NotADirectoryError: The path is a file.
         ValueError: The file is not one of this format or is damaged; keys are missing, unknown or of another shape; the
             model lacks a layer or has it in another size, or ties a trained parameter to others than the model that was trained.
             The model is left unchanged.
@@ -172,11 +173,13 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
     """The description and the tensors of a saved adapter, checked for format and version but against no model.
 
     Raises:
-        FileNotFoundError, ValueError: See :func:`load_adapter`.
+        FileNotFoundError, NotADirectoryError, ValueError: See :func:`load_adapter`.
     """
     from safetensors import SafetensorError, safe_open
 
     path = os.path.join(os.fspath(directory), WEIGHTS_NAME)
+    if os.path.isfile(directory):
+        raise NotADirectoryError(f"directory must be a folder, but {os.fspath(directory)!r} is a file")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no adapter in {os.fspath(directory)!r}: {WEIGHTS_NAME} is missing")
     try:
@@ -185,6 +188,8 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
             state = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from None
+    if FORMAT not in metadata:
+        raise ValueError(f"{path} is no adapter of abba_ext; abba_ext.convert_adapter (abba-ext convert) reads other formats")
     try:
         description = json.loads(metadata[FORMAT])
         version = description["format_version"]

@@ -131,6 +131,8 @@ class AbbaConfig:
         _check_strings("target_parameters", self.target_parameters)
         _check_strings("modules_to_save", self.modules_to_save)
         if self.layers_to_transform is not None:
+            if not isinstance(self.layers_to_transform, Iterable):
+                raise TypeError(f"layers_to_transform must be an index or a list of them, got {self.layers_to_transform!r}")
             for index in self.layers_to_transform:
                 _check_int("layers_to_transform", index, 0)
         for name in ("rank_pattern", "alpha_pattern"):
@@ -183,6 +185,17 @@ class AbbaConfig:
         if unknown:
             raise ValueError(f"unknown AbbaConfig fields {unknown}")
         return cls(**values)
+
+
+def config_or_default(config: AbbaConfig | None) -> AbbaConfig:
+    """The config, or the default one for None.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(config, AbbaConfig | None):
+        raise TypeError(f"config must be an AbbaConfig, got {type(config).__name__}")
+    return config or AbbaConfig()
 
 
 def _plain(value):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from . import bases, reference, sharding, tensor_parallel
-from .config import AbbaConfig
+from .config import AbbaConfig, config_or_default
 from .functional import abba_linear, delta_weight
 
 FACTORS = ("abba_A1", "abba_B1", "abba_A2", "abba_B2")
@@ -161,19 +161,19 @@ class AbbaLinear(AbbaLayer, nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: AbbaConfig | None = None,
                  device=None, dtype=None, name: str = ""):
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        _adapt(self, config or AbbaConfig(), name)
+        _adapt(self, config_or_default(config), name)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: AbbaConfig | None = None, name: str = "") -> nn.Module:
         """Adapts a layer in place (its class changes, its weight stays) and returns it, base frozen.
 
         Raises:
-            TypeError: Not a layer that can be adapted.
+            TypeError: Not a layer that can be adapted, or config is of another type.
         """
         reason = bases.refusal(linear)
         if reason:
             raise TypeError(f"linear: {reason}")
-        _adapt(linear, config or AbbaConfig(), name)
+        _adapt(linear, config_or_default(config), name)
         return linear
 
 
@@ -284,6 +284,7 @@ def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[
     "svd": (B1, A1) = (U√Σ, √Σ Vᵀ) of the rank-r1 truncated SVD of W0, the best rank-r1 approximation (Eckart–Young), by
     randomised SVD; A2 Kaiming-uniform; B2 = 0. Ranks beyond W0's get B1 = 0 and a Kaiming-uniform A1.
     "random": A1, B1, A2 Kaiming-uniform; B2 = 0.
+    Kaiming-uniform is that of LoRA and nn.Linear, ±1/√n for a factor of n columns; the authors' code draws A2 from ±√(6/n).
     Draws depend on (config.seed, name) alone. On the meta device the factors have shapes and no values.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases import ParameterBase, features, is_linear, refusal, weight_device
-from .config import AbbaConfig, has_suffix, matches
+from .config import AbbaConfig, config_or_default, has_suffix, matches
 from .layers import ADAPTED_PARAMETER, FACTORS, AbbaLayer, AbbaParameter, attach, detach, init_factors
 from .sharding import check_unwrapped, copy_full, full_shape, full_tensor, is_sharded, reshard
 
@@ -72,9 +72,7 @@ def patch_model(model: nn.Module, config: AbbaConfig | None = None, *, verbose: 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    config = AbbaConfig() if config is None else config
-    if not isinstance(config, AbbaConfig):
-        raise TypeError(f"config must be an AbbaConfig, got {type(config).__name__}")
+    config = config_or_default(config)
     check_patchable(model)
     if is_patched(model):
         raise ValueError("model already has ABBA layers; call abba_ext.unpatch_model(model) first")

@@ -60,6 +60,7 @@ ERRORS = {
     "regex": ({"target_modules": "(q"}, ValueError, r"target_modules: '\(q' is not a regular expression"),
     "modules_to_save": ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of strings, got 'head'"),
     "layers": ({"layers_to_transform": [-1]}, ValueError, "layers_to_transform must be at least 0"),
+    "layers float": ({"layers_to_transform": 1.5}, TypeError, "layers_to_transform must be an index or a list of them, got 1.5"),
     "rank_pattern": ({"rank_pattern": {"q": (1, 2, 3)}}, ValueError, r"rank_pattern\['q'\] must be a total rank or \(r1, r2\)"),
     "plan": ({"plan": "fast"}, ValueError, "plan must be one of"),
     "seed": ({"seed": "0"}, TypeError, "seed must be an int"),

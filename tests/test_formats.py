@@ -730,6 +730,10 @@ def test_files_that_are_not_there_or_not_meant(tmp_path):
         read(tmp_path)
     with pytest.raises(ValueError, match="format must be 'auto' or one of 'abba'.*got 'lora'"):
         read(tmp_path, format="lora")
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        read(tmp_path, model="org/base")
+    with pytest.raises(ValueError, match="to must be one of 'abba', 'peft', 'loha', 'lora', got 'gguf'"):
+        convert_adapter(tmp_path, tmp_path / "new", "gguf")
 
 
 def test_wrong_arguments_of_write(tmp_path):

@@ -175,6 +175,11 @@ def test_stand_alone_layer():
         AbbaLinear.from_linear(nn.ConvTranspose2d(1, 1, 1))
     with pytest.raises(TypeError, match="is adapted already"):
         AbbaLinear.from_linear(layer)
+    for wrong in ({"r": 4}, {}):
+        with pytest.raises(TypeError, match="config must be an AbbaConfig, got dict"):
+            AbbaLinear.from_linear(nn.Linear(4, 4), wrong)
+        with pytest.raises(TypeError, match="config must be an AbbaConfig, got dict"):
+            AbbaLinear(4, 4, config=wrong)
 
 
 class HalvedLinear(nn.Linear):

@@ -36,7 +36,9 @@ def convert_adapter(source: str | os.PathLike, destination: str | os.PathLike, t
         The report of :func:`write`, and "source", the format that was read.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError, ImportError: See :func:`read` and :func:`write`.
+        FileNotFoundError, FileExistsError, TypeError, ValueError, ImportError: See :func:`read` and :func:`write`.
     """
+    if to not in WRITE_FORMATS:
+        raise ValueError(f"to must be one of {', '.join(map(repr, WRITE_FORMATS))}, got {to!r}")
     adapter = read(source, format=format, scaling=scaling, model=model)
     return {"source": adapter.source, **write(adapter, destination, to, rank=rank, dtype=dtype, **options)}

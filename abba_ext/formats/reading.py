@@ -56,11 +56,14 @@ def read(source: str | os.PathLike, *, format: str = "auto", scaling: str | floa
 
     Raises:
         FileNotFoundError: There is no such file.
+        TypeError: model is of another type.
         ValueError: The format is not known, ambiguous or a plain LoRA; the file is damaged or too large; keys are missing or
             unknown; factors do not fit each other, or the model; s is not said. The message names the file.
     """
     if format not in ("auto", *READ_FORMATS):
         raise ValueError(f"format must be 'auto' or one of {', '.join(map(repr, READ_FORMATS))}, got {format!r}")
+    if not isinstance(model, nn.Module | None):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     weights = _weights_file(os.fspath(source))
     if format == "auto" and weights.endswith(".safetensors") and FORMAT in _safetensors_metadata(weights):
         format = "abba"
