@@ -126,6 +126,14 @@ def test_sdist_needs_no_torch_and_holds_all_sources(tree, tmp_path):
     assert names >= {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
 
 
+def test_what_the_commands_use_is_declared():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert "numpy" in project["dependencies"]  # of torch's, Tensor.numpy() alone needs it, which checksums use
+    cli = {re.split(r"\W", name)[0] for name in [*extras["cli"], *extras["hf"], *extras["peft"]]}
+    assert "abba_ext[hf,peft]" in extras["cli"] and cli >= {"transformers", "peft", "tqdm", "matplotlib"}
+
+
 def test_import_from_the_unbuilt_source_tree(tree):
     command = [sys.executable, "-S", "-c", "import abba_ext"]  # -S: an editable install would lend its compiled module
     environment = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).parents[1])}
