@@ -1,11 +1,14 @@
-"""The examples on tiny data, with the real libraries; QABBA on the real SmolLM2 where its package is installed."""
+"""The examples on tiny data, with the real libraries; QABBA on the real SmolLM2 where its package is installed. The README's code."""
 import importlib
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 import abba_ext
+from abba_ext.__main__ import _parser
 
 ROOT = Path(__file__).parents[1]
 TEXTS = str(ROOT / "tests" / "data" / "texts.jsonl")
@@ -83,3 +86,26 @@ def test_qabba(monkeypatch, smollm2, tmp_path):
     before = logits(model, IDS)
     assert not torch.equal(logits(abba_ext.load_adapter(model, tmp_path), IDS), before)
     assert len(abba_ext.abba_layers(model)) == 30 * 7
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_of_the_readme_runs(monkeypatch, tiny_model, tmp_path):
+    """Block by block, each with a model of its own; what an earlier block imports is known."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: load(tiny_model))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall("```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, {"abba_ext": abba_ext, "model": load(tiny_model)})
+    assert abba_ext.load_adapter(load(tiny_model), "my-adapter")
+
+
+def test_commands_of_the_readme_are_understood():
+    commands = [shlex.split(line, comments=True)[1:] for line in re.findall("^    (abba-ext .*)", README, re.M)]
+    folders = [_parser().parse_args(command).out for command in commands if command[0] != "inspect"]
+    assert len(folders) == 4 and len({*folders, "my-adapter"}) == 5, "a folder that is there is not overwritten"
