@@ -19,7 +19,8 @@ import cuda_toolkit  # noqa: E402
 
 MIN_SETUPTOOLS = (77,)  # the first to read `license = "Apache-2.0"` in pyproject.toml
 MIN_TORCH = (2, 11)
-NEEDS_NO_TORCH = {"sdist", "egg_info"}
+NEEDS_NO_TORCH = {"sdist", "egg_info"}  # unless something is built in the same call
+BUILDS = {"bdist_wheel", "build", "build_ext", "install"}
 CXX = os.environ.setdefault("CXX", "c++")  # torch compiles with CXX, setuptools links with it
 CXX_STANDARD = "-std=c++20"
 
@@ -129,4 +130,5 @@ def extension():
 
 if numbers(setuptools.__version__) < MIN_SETUPTOOLS:
     fail(f"setuptools {setuptools.__version__} is too old to build abba_ext; run `pip install -U 'setuptools>=77'`.")
-setuptools.setup(**(extension() if NEEDS_NO_TORCH.isdisjoint(sys.argv) else {}))
+needs_torch = NEEDS_NO_TORCH.isdisjoint(sys.argv) or not BUILDS.isdisjoint(sys.argv)
+setuptools.setup(**(extension() if needs_torch else {}))

@@ -116,14 +116,23 @@ def test_setuptools_too_old(tree, tmp_path):
 
 
 def test_sdist_needs_no_torch_and_holds_all_sources(tree, tmp_path):
+    for name in ("tests", "examples", "benchmarks"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tree)
     done = setup(tree, f"sdist --dist-dir {tmp_path}", PYTHONPATH=stub(tmp_path / "stubs", "torch", MISSING))
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(tmp_path.glob("abba_ext-*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {path for folder in ("abba_ext", "build_support", "csrc") for path in (tree / folder).rglob("*.*")}
-    suffixes = {".py", ".cpp", ".h", ".cu", ".cuh"}
-    assert names >= {str(path.relative_to(tree)) for path in sources if path.suffix in suffixes}
-    assert names >= {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    suffixes = {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".txt", ".jsonl", ".png"}
+    assert names >= {str(path.relative_to(tree)) for path in tree.rglob("*.*") if path.suffix in suffixes}
+    assert names >= {"Makefile", "pyproject.toml", "LICENSE"}
+
+
+def test_a_wheel_beside_an_sdist_holds_the_module(build):
+    """`setup.py sdist bdist_wheel` built a wheel of Python files alone, which no import survived."""
+    asked, _ = build.asked(ABBA_CUDA="0", command="sdist build_ext")
+    assert asked["name"] == "abba_ext._C"
 
 
 def test_what_the_commands_use_is_declared():
@@ -196,9 +205,9 @@ class Build:
         stubs = {"PYTHONPATH": str(self.stubs), "PATH": str(self.bin), "CXX": "c++"}
         return {**unset, "ABBA_CUDA": "auto", **stubs, **variables}
 
-    def asked(self, **variables):
+    def asked(self, *, command="build_ext", **variables):
         """(what torch is asked to build, what is printed before)"""
-        done = setup(self.tree, **self.environment(**variables))
+        done = setup(self.tree, command, **self.environment(**variables))
         assert done.returncode == 0, done.stderr
         printed, _, asked = done.stdout.partition("ASKED")
         return json.loads(asked), printed
