@@ -39,6 +39,12 @@ class AbbaLayer:
     abba_B1: nn.Parameter
     abba_A2: nn.Parameter
     abba_B2: nn.Parameter
+    abba_ranks: tuple[int, int]
+    abba_scale: float
+    abba_dropout: float
+    abba_enabled: bool
+    abba_merged: bool
+    abba_initialized: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer's output with W0 + ΔW for W0; for a linear layer x [..., n] → y [..., m]."""

@@ -1,6 +1,7 @@
 """One layer: start of training, forward, dropout, merging, copying."""
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import abba_ext
-from abba_ext import AbbaConfig, AbbaLinear
+from abba_ext import AbbaConfig, AbbaLayer, AbbaLinear
 from abba_ext.layers import FACTORS, init_factors
 
 
@@ -164,6 +165,11 @@ def test_copy_and_pickle(kind):
         assert other.weight.data_ptr() != layer.weight.data_ptr()
         other.abba_B2.data.zero_()
         assert not torch.equal(other(x), layer(x))
+
+
+def test_type_checkers_know_what_is_documented():
+    documented = re.findall(r"^        (abba_\w+): ", AbbaLayer.__doc__, re.M)
+    assert len(documented) == 6 and set(documented) <= set(AbbaLayer.__annotations__)
 
 
 def test_stand_alone_layer():
