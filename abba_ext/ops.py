@@ -53,6 +53,7 @@ def expand_(y: torch.Tensor, u: torch.Tensor, f1: torch.Tensor, f2: torch.Tensor
         raise RuntimeError("expand_ writes in place and is not differentiable; use abba_ext.ops.expand or run it under "
                            "torch.no_grad()")
     _expand_(y, u, f1, f2, s)
+    torch.autograd.graph.increment_version(y)  # so that autograd notices where it has kept y
 
 
 def uncovered_by_cuda(dtype: torch.dtype, factor_dtype: torch.dtype, r1: int, r2: int, device: torch.device) -> str:

@@ -212,6 +212,16 @@ def test_expand_in_place_refuses_autograd():
         ops.expand_(x.clone(), v.requires_grad_(), f1, f2, 1.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autograd_notices_that_y_was_written(dtype):
+    x, f1, f2, v = case(4, 5, 2, 3, dtype)
+    y = x.requires_grad_().sigmoid()  # whose derivative reads y
+    with torch.no_grad():
+        ops.expand_(y, v, f1, f2, 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 ones = torch.ones
 ERRORS = {
     "x 2-D": (lambda: ops.project(ones(2, 3, 4), ones(2, 4), ones(2, 4)), r"project: x must be 2-D, got shape \[2, 3, 4\]"),
