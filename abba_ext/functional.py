@@ -280,7 +280,8 @@ class _AbbaLinear(torch.autograd.Function):
             b1_t, b2_t = b1.t(), b2.t()
             v = ops.project(dy2, b1_t, b2_t) if need_x or need_a else None
             if need_x:
-                base = dy2 @ _to(weight, x.dtype) if weight is not None else dy2.new_zeros(x2.shape)
+                # Under autocast, which the forward may have been outside of, a product has another dtype.
+                base = _to(dy2 @ _to(weight, x.dtype), x.dtype) if weight is not None else dy2.new_zeros(x2.shape)
                 dx = _add_expanded(base, v, a1, a2, scale)
             if need_a:
                 da1, da2 = ops.factor_grad(x2, v, a1, a2, scale)

@@ -261,6 +261,18 @@ def test_autocast_as_in_linear():
         assert abba_linear(*wide, SCALE).dtype == torch.nn.functional.linear(*wide[:3]).dtype == torch.float64
 
 
+@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+def test_backward_under_autocast_has_the_dtype_of_forward(plan):
+    args = random_layer(20, 16, 24, 4, 4, torch.float32)
+    expected = torch.autograd.grad(abba_linear(*args, SCALE, plan=plan).sum(), args)
+    y = abba_linear(*args, SCALE, plan=plan).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(y, args)
+    for name, ours, theirs in zip(NAMES, actual, expected):
+        assert ours.dtype == torch.float32
+        assert_close_to_truth(ours, theirs, 1e-2, f"d{name}")  # torch's own products are in half precision then
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
 def test_compile_without_graph_breaks(dynamic, plan):
