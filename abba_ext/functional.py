@@ -341,8 +341,9 @@ def _check_tensors(**arguments):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def _is_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+def _is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast would cast it for torch.nn.functional.linear."""
+    return torch.is_autocast_enabled(tensor.device.type) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def _check_base(x, weight, bias, b1):
@@ -353,7 +354,7 @@ def _check_base(x, weight, bias, b1):
     if bias is not None and bias.shape != (m,):
         raise ValueError(f"bias must be [m] = [{m}], got {list(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        fits = tensor is None or tensor.dtype == x.dtype or _is_autocast(x)
+        fits = tensor is None or tensor.dtype == x.dtype or _is_autocast(x) and _is_autocast(tensor)
         if not fits or tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must have x's dtype and device ({x.dtype}, {x.device}), "
                              f"got {tensor.dtype}, {tensor.device}")
