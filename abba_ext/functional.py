@@ -215,7 +215,7 @@ class _DeltaWeight(torch.autograd.Function):
     def forward(ctx, a1, b1, a2, b2, scale):
         ctx.save_for_backward(a1, b1, a2, b2)
         ctx.scale = scale
-        with torch.autocast(a1.device.type, enabled=False):
+        with _without_autocast(a1.device):
             a1, b1, a2, b2 = _wide(a1, b1, a2, b2)
             return (b1 @ a1).mul_(b2 @ a2).mul_(scale)
 
@@ -223,7 +223,7 @@ class _DeltaWeight(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         saved = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device):
             a1, b1, a2, b2 = _wide(*saved)
             grad = grad * ctx.scale
             grad1, grad2 = grad * (b2 @ a2), grad * (b1 @ a1)
@@ -307,6 +307,14 @@ def _below_autograd():
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which raises for meta
+
+
+def _without_autocast(device: torch.device):
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext()
+
+
 def _add_expanded(base, u, f1, f2, scale):
     """base + s·u·KR(f1, f2): in place into base, which this module allocated, unless the sum must be differentiable."""
     if torch.is_grad_enabled():
@@ -343,7 +351,7 @@ def _check_tensors(**arguments):
 
 def _is_autocast(tensor: Tensor) -> bool:
     """Whether autocast would cast it for torch.nn.functional.linear."""
-    return torch.is_autocast_enabled(tensor.device.type) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return _autocasts(tensor.device) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def _check_base(x, weight, bias, b1):

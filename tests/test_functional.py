@@ -10,6 +10,7 @@ from oracle import DTYPES, assert_close_to_truth, assert_no_worse_than, dense_li
 from threads import num_threads
 
 from abba_ext import abba_linear, abba_update, functional, kernel_plan, ops, reference
+from abba_ext.functional import delta_weight
 
 NAMES = ("x", "weight", "bias", "a1", "b1", "a2", "b2")
 SCALE = 0.7
@@ -279,6 +280,15 @@ def test_autocast_leaves_what_it_would_not_cast(name, dtype):
     args[name] = args[name].to(dtype)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="must have x's dtype"):
         abba_linear(**args, scale=SCALE)
+
+
+def test_meta_tensors():
+    args = [t.detach().to("meta").requires_grad_() for t in random_layer(6, 5, 7, 2, 3)]
+    y = abba_linear(*args, SCALE)
+    assert y.is_meta and y.shape == (6, 7)
+    grads = torch.autograd.grad(y.sum(), args)
+    assert [grad.shape for grad in grads] == [arg.shape for arg in args]
+    assert delta_weight(*args[3:], SCALE).shape == (7, 5)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
