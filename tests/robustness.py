@@ -66,7 +66,7 @@ def address_sanitizer(calls: int, seed: int) -> dict[str, int]:
                 shutil.copytree(ROOT / source, folder / source, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
             else:
                 shutil.copy(ROOT / source, folder)
-        flags = "-fsanitize=address -fno-omit-frame-pointer -g1"
+        flags = "-fsanitize=address -D_GLIBCXX_ASSERTIONS -fno-omit-frame-pointer -g1"
         build = os.environ | {"ABBA_CUDA": "0", "CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": "-fsanitize=address"}
         _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder, build)
         (folder / "beyond.c").write_text("float beyond(const float* p, long n) { return p[n]; }\n")

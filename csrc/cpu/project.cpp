@@ -19,8 +19,8 @@ void project(Tensor& u, const Tensor& x, const Tensor& f1, const Tensor& f2) {
     return;
   }
   const int64_t row_bytes = features * static_cast<int64_t>(x.element_size());
-  const int64_t block = std::clamp<int64_t>(kBlockBytes / row_bytes / 16 * 16, 16, rank);
-  Tensor scratch = torch::stable::new_empty(x, {std::min(block, rank), features});
+  const int64_t block = std::min(rank, std::max<int64_t>(kBlockBytes / row_bytes / 16, 1) * 16);
+  Tensor scratch = torch::stable::new_empty(x, {block, features});
   for (int64_t i = 0; i < rank; i += block) {
     const int64_t rows = std::min(block, rank - i);
     Tensor kr = slice(scratch, 0, 0, rows), columns = slice(u, 1, i, rows);
