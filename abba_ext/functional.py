@@ -31,13 +31,15 @@ class KernelPlan(NamedTuple):
 
 def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r2: int,
                 dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", plan: Plan = "auto", *,
-                factor_dtype: torch.dtype | None = None) -> KernelPlan:
+                factor_dtype: torch.dtype | None = None, training: bool = True) -> KernelPlan:
     """Which path :func:`abba_linear` takes for T tokens, W0 [m, n] and ranks (r1, r2).
 
-    Floating-point operations of a training step beside the base layer's, with R = r1·r2:
+    Floating-point operations beside the base layer's, with R = r1·r2, of a training step (of a forward alone):
 
-        khatri_rao   6·T·R·(m+n), counted as if T and R were larger by 48: so do products take that do not fill the processor
+        khatri_rao   6·T·R·(m+n) (2·T·R·(m+n)), counted as if T and R were larger by 48: so do products take that do not fill
+                     the processor
         dense        2·T·m·n for dW, and 8·(r1+r2)·m·n to form ΔW twice and to contract dW onto the factors
+                     (2·(r1+r2)·m·n to form ΔW, counted as if there were 32 ranks more: W0 is packed as it is read)
 
     The dense plan pays where R is large against m·n/(m+n) and T against the ranks. It runs in fp32 and fp64 on the CPU: in
     half precision a ΔW below 2⁻⁹·|W0| would be rounded away. Its products are its own, written for x86; on other processors
@@ -59,6 +61,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         device: Device of the call.
         plan: "auto" chooses by the cost above; a name forces it.
         factor_dtype: Dtype of the four factors; None: float32 beside half-precision activations, else the activations'.
+        training: Whether gradients are recorded; False: as under torch.no_grad().
 
     Raises:
         ValueError: For a size, dtype or plan that cannot be, or the dense plan in half precision.
@@ -71,7 +74,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
             raise ValueError(f"{name} must be a positive int, got {size!r}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
-    chosen = _choose_plan(*sizes, dtype, device.type, plan)
+    chosen = _choose_plan(*sizes, dtype, device.type, plan, training)
     if device.type == "cpu":
         if plan != "auto":
             reason = "asked for"
@@ -80,7 +83,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         elif not _IS_X86:
             reason = "not an x86 processor"
         else:
-            costs = (cost / 1e9 for cost in _costs(*sizes))
+            costs = (cost / 1e9 for cost in _costs(*sizes, training))
             reason = "cost beside the base layer: khatri_rao {:.2f} GFLOP, dense {:.2f}".format(*costs)
         return KernelPlan(chosen, "cpu", reason)
     uncovered = ops.uncovered_by_cuda(dtype, factor_dtype or torch.promote_types(dtype, torch.float32), r1, r2, device)
@@ -90,7 +93,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
     return KernelPlan(chosen, "cuda", "the kernels for Hopper take it" if hopper else "the CUDA kernels cover it")
 
 
-def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_type, plan) -> str:
+def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_type, plan, training) -> str:
     if plan not in ("auto", "khatri_rao", "dense"):
         raise ValueError(f"plan must be 'auto', 'khatri_rao' or 'dense', got {plan!r}")
     possible = dtype in _DENSE_DTYPES and device_type == "cpu"
@@ -102,14 +105,16 @@ def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_ty
     # A choice by the number of tokens would confine an exported program.
     if not possible or not _IS_X86 or torch.compiler.is_exporting():
         return "khatri_rao"
-    khatri_rao, dense = _costs(num_tokens, in_features, out_features, r1, r2)
+    khatri_rao, dense = _costs(num_tokens, in_features, out_features, r1, r2, training)
     return "dense" if dense < khatri_rao else "khatri_rao"
 
 
-def _costs(num_tokens, in_features, out_features, r1, r2) -> tuple[int, int]:
+def _costs(num_tokens, in_features, out_features, r1, r2, training) -> tuple[int, int]:
     """Floating-point operations of the two plans beside the base layer's, as kernel_plan counts them."""
-    khatri_rao = 6 * (num_tokens + _UNFILLED) * (r1 * r2 + _UNFILLED) * (out_features + in_features)
-    return khatri_rao, 2 * out_features * in_features * (num_tokens + 4 * (r1 + r2))
+    khatri_rao = 2 * (num_tokens + _UNFILLED) * (r1 * r2 + _UNFILLED) * (out_features + in_features)
+    if not training:
+        return khatri_rao, 2 * out_features * in_features * (r1 + r2 + _PACKED)
+    return 3 * khatri_rao, 2 * out_features * in_features * (num_tokens + 4 * (r1 + r2))
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -118,6 +123,7 @@ _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # By how much T and R seem larger than they are: forming and staging operands, passes over x and y. Measured on 2 cores
 # with AVX2, from 768x768 to 4096x4096, T from 1 to 1024, r1 = r2 from 4 to 32 (benchmarks/NOTES.md).
 _UNFILLED = 48
+_PACKED = 32  # ranks that packing W0 costs as much as, in a forward alone; so measured
 
 
 def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor,
@@ -156,7 +162,9 @@ def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: 
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _check_factors(x, a1, b1, a2, b2, scale)
     _check_base(x, weight, bias, b1)
-    return _AbbaLinear.apply(x, None, weight, bias, a1, b1, a2, b2, float(scale), recompute_u, plan)
+    sizes = (math.prod(x.shape[:-1]), x.size(-1), b1.size(0), a1.size(0), a2.size(0))
+    dense = _choose_plan(*sizes, x.dtype, x.device.type, plan, torch.is_grad_enabled()) == "dense"
+    return _AbbaLinear.apply(x, None, weight, bias, a1, b1, a2, b2, float(scale), recompute_u, dense)
 
 
 def abba_update(base_output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float, *,
@@ -189,7 +197,7 @@ def abba_update(base_output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tens
     if base_output.shape != (*x.shape[:-1], b1.size(0)):
         raise ValueError(f"base_output must be {[*x.shape[:-1], b1.size(0)]} for x {list(x.shape)} and b1 "
                          f"{list(b1.shape)}, got {list(base_output.shape)}")
-    return _AbbaLinear.apply(x, base_output, None, None, a1, b1, a2, b2, float(scale), recompute_u, "khatri_rao")
+    return _AbbaLinear.apply(x, base_output, None, None, a1, b1, a2, b2, float(scale), recompute_u, False)
 
 
 def delta_weight(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float) -> Tensor:
@@ -236,12 +244,11 @@ class _AbbaLinear(torch.autograd.Function):
     dA = factor_grad(x, v; A), dBᵀ = factor_grad(dy, u; Bᵀ). The base is x W0ᵀ + bias, or a given output."""
 
     @staticmethod
-    def forward(ctx, x, base_output, weight, bias, a1, b1, a2, b2, scale, recompute_u, plan):
+    def forward(ctx, x, base_output, weight, bias, a1, b1, a2, b2, scale, recompute_u, dense):
         with _below_autograd():
             x2 = _flat(x)
-            ctx.dense = weight is not None and _choose_plan(x2.size(0), x2.size(1), b1.size(0), a1.size(0), a2.size(0), x.dtype,
-                                                            x.device.type, plan) == "dense"
-            if ctx.dense:
+            ctx.dense = dense
+            if dense:
                 factors = _dense_factors(x.dtype, a1, b1, a2, b2)
                 y, u = ops.dense_forward(x2, _to(weight, x.dtype), _to(bias, x.dtype), *factors, scale), None
             else:

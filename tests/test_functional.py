@@ -313,6 +313,9 @@ def test_plan_follows_cost_processor_and_dtype(monkeypatch):
     assert kernel_plan(1024, 2048, 2048, 16, 16).plan == "khatri_rao"
     assert kernel_plan(4, 768, 768, 16, 16).plan == "khatri_rao"
     assert kernel_plan(512, 768, 768, 16, 16).plan == "dense"
+    assert kernel_plan(1024, 2048, 2048, 16, 16, training=False).plan == "dense"
+    assert kernel_plan(1, 512, 512, 16, 16).plan == "dense"
+    assert kernel_plan(1, 512, 512, 16, 16, training=False).plan == "khatri_rao"
     monkeypatch.setattr(functional, "_IS_X86", False)
     assert kernel_plan(512, 768, 768, 16, 16)[::2] == ("khatri_rao", "not an x86 processor")
     assert kernel_plan(512, 768, 768, 16, 16, plan="dense").plan == "dense"
@@ -355,6 +358,16 @@ def test_what_the_cuda_kernels_do_not_cover_has_a_reason():
     assert "architecture" in uncovered("bfloat16", "float32", 65535, 64, -1)
     if not torch.cuda.is_available():
         assert kernel_plan(512, 768, 768, 16, 16, torch.bfloat16, "cuda")[1:] == ("composite", "no GPU is visible")
+
+
+def test_plan_follows_whether_gradients_are_recorded(monkeypatch):
+    monkeypatch.setattr(functional, "_IS_X86", True)
+    args = random_layer(1, 512, 512, 16, 16, torch.float32)
+    khatri_rao, dense = (abba_linear(*args, SCALE, plan=plan) for plan in ("khatri_rao", "dense"))
+    assert not torch.equal(khatri_rao, dense)  # they round differently
+    assert torch.equal(abba_linear(*args, SCALE), dense)
+    with torch.no_grad():
+        assert torch.equal(abba_linear(*args, SCALE), khatri_rao)
 
 
 def test_plans_agree():
