@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import ops
 
@@ -225,6 +226,8 @@ class _DeltaWeight(torch.autograd.Function):
         ctx.scale = scale
         with _without_autocast(a1.device):
             a1, b1, a2, b2 = _wide(a1, b1, a2, b2)
+            if _is_watched():
+                return b1 @ a1 * (b2 @ a2) * scale
             return (b1 @ a1).mul_(b2 @ a2).mul_(scale)
 
     @staticmethod
@@ -257,7 +260,7 @@ class _AbbaLinear(torch.autograd.Function):
                     y = linear(x2, _to(weight, x.dtype), _to(bias, x.dtype))
                 else:
                     y = _flat(base_output).clone()
-                ops.expand_(y, u, b1.t(), b2.t(), scale)
+                y = _expand_onto(y, u, b1.t(), b2.t(), scale)
             ctx.scale = scale
             ctx.bias_dtype = bias.dtype if bias is not None else None
             # Under autocast the weight is saved as it is and cast again in backward: no half-precision copy per layer is kept.
@@ -309,7 +312,7 @@ class _AbbaLinear(torch.autograd.Function):
 def _below_autograd():
     """For code that is the inside of one autograd node: operators are not taken through their own derivatives' code, which in
     Python takes longer than a small kernel. Where gradients of it are wanted all the same (second derivatives), they are."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a trace goes below it by itself
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_watched():  # a trace goes below it by itself
         return contextlib.nullcontext()
     return torch._C._AutoDispatchBelowAutograd()
 
@@ -322,12 +325,23 @@ def _without_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext()
 
 
+def _is_watched() -> bool:
+    """Whether a dispatch mode sees the operators. That of selective checkpointing keeps the output of some to give it again when
+    others are recomputed, so nothing may be written into an output; and its policy knows the operators that autograd leaves."""
+    return not torch.compiler.is_compiling() and is_in_torch_dispatch_mode(include_infra_modes=False)
+
+
 def _add_expanded(base, u, f1, f2, scale):
     """base + s·u·KR(f1, f2): in place into base, which this module allocated, unless the sum must be differentiable."""
-    if torch.is_grad_enabled():
-        return base + scale * ops.expand(u, f1, f2)
-    ops.expand_(base, u, f1, f2, scale)
-    return base
+    return base + scale * ops.expand(u, f1, f2) if torch.is_grad_enabled() else _expand_onto(base, u, f1, f2, scale)
+
+
+def _expand_onto(y, u, f1, f2, scale):
+    """y + s·u·KR(f1, f2), in place unless the operators are watched."""
+    if _is_watched():
+        return ops.add_expanded(y, u, f1, f2, scale)
+    ops.expand_(y, u, f1, f2, scale)
+    return y
 
 
 def _dense_factors(dtype: torch.dtype, *factors: Tensor) -> list[Tensor]:

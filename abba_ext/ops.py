@@ -56,6 +56,14 @@ def expand_(y: torch.Tensor, u: torch.Tensor, f1: torch.Tensor, f2: torch.Tensor
     torch.autograd.graph.increment_version(y)  # so that autograd notices where it has kept y
 
 
+@torch.library.custom_op("abba::add_expanded", mutates_args=())
+def add_expanded(y: torch.Tensor, u: torch.Tensor, f1: torch.Tensor, f2: torch.Tensor, s: float) -> torch.Tensor:
+    """y + s · u · KR(f1, f2) as a tensor of its own, one operator; outside of autograd."""
+    y = y.clone()
+    _expand_(y, u, f1, f2, s)
+    return y
+
+
 def uncovered_by_cuda(dtype: torch.dtype, factor_dtype: torch.dtype, r1: int, r2: int, device: torch.device) -> str:
     """Why no handwritten kernel covers such a call on a GPU (it runs the composite of torch matmuls); "" if one does."""
     if device.type != "cuda":
@@ -107,6 +115,11 @@ def _(y, u, f1, f2, s):
     rank = f1.size(0) * f2.size(0)
     torch._check(u.size(0) == y.size(0) and u.size(1) == rank,
                  lambda: f"expand_: u must be [{y.size(0)}, {rank}], got {list(u.shape)}")
+
+
+@add_expanded.register_fake
+def _(y, u, f1, f2, s):
+    return torch.empty_like(y)
 
 
 @torch.library.register_fake("abba::factor_grad")

@@ -1,5 +1,6 @@
 """PyTorch's ways of running a layer: compiled, mixed precision, deterministic, offloaded, transformed, exported, forked."""
 import copy
+import functools
 import multiprocessing
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from oracle import assert_close_to_truth, dense_linear
 from threads import num_threads
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 
 import abba_ext
@@ -142,6 +144,38 @@ def test_saved_tensors_can_be_packed_and_offloaded():
     assert packed
     with torch.autograd.graph.save_on_cpu():
         assert_same(gradients(model, x), expected)
+
+
+@pytest.mark.parametrize("saved", ["linear", "addmm", "bmm", "all but clone", "all but add_expanded"])
+@pytest.mark.parametrize("layer", ["khatri_rao", "dense", "dropout", "parameter"])
+def test_selective_checkpointing(layer, saved):
+    """Whatever a policy keeps and whatever is computed again."""
+    config = {"khatri_rao": {"plan": "khatri_rao"}, "dense": {"plan": "dense"}, "dropout": {"dropout": 0.5, "init": "random"}}
+    model, x = make(**config.get(layer, {})), torch.randn(9, 24)
+    if layer == "parameter":
+        model = abba_ext.patch_model(nn.Sequential(nn.Bilinear(24, 24, 16)), AbbaConfig(r=4, target_modules=[], target_parameters=["0.weight"]))
+        for factor in abba_ext.adapter_state_dict(model).values():
+            nn.init.normal_(factor)
+
+    def run(x):
+        torch.manual_seed(1)
+        return (model[0](x, x) if layer == "parameter" else model(x)).sin()
+
+    def policy(context, op, *args, **kwargs):
+        seen.add(op.name())
+        names = {saved} if "all" not in saved else {"linear", "addmm", "bmm", "mm", "mul", "add_expanded", "sin", "gelu"} - {saved[8:]}
+        return CheckpointPolicy.MUST_SAVE if op.name().partition("::")[2].partition(".")[0] in names else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def gradients_of(function):
+        model.zero_grad()
+        function(x).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    expected, seen = gradients_of(run), set()
+    context_fn = functools.partial(create_selective_checkpoint_contexts, policy)
+    assert_same(gradients_of(lambda x: checkpoint(run, x, use_reentrant=False, context_fn=context_fn)), expected)
+    if layer == "khatri_rao":
+        assert "aten::addmm" in seen  # which policies name
 
 
 def test_functional_gradients_and_vmap():
