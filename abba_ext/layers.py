@@ -3,9 +3,11 @@
 An adapted layer is the *same module object* with its class changed to a subclass (as FSDP2 and parametrizations do), so
 parameter names, shared modules and hooks stay as they were, and detaching restores the original class.
 """
+import contextlib
 import functools
 import hashlib
 import math
+import threading
 import types
 
 import torch
@@ -18,6 +20,8 @@ from .functional import abba_linear, delta_weight
 
 FACTORS = ("abba_A1", "abba_B1", "abba_A2", "abba_B2")
 ADAPTED_PARAMETER = "abba_"  # + the parameter's name: the child that holds the factors of a parameter
+_RUNS = "abba_runs_"  # + the parameter's name: how many runs of its owner see another value
+_LOCK = threading.Lock()
 
 
 class AbbaLayer:
@@ -207,11 +211,33 @@ class AbbaParameter(AbbaLayer, bases.ParameterBase):
                                "leave out target_parameters")
         weight = self.weight
         delta = bases.to_layout(self, delta_weight(*(getattr(self, name) for name in FACTORS), self.abba_scale))
-        vars(owner)[self.parameter] = (weight + delta).to(weight.dtype)  # found before the registered parameter
+        show_parameter(owner, self.parameter, (weight + delta).to(weight.dtype))
 
     def end(self, owner: nn.Module, inputs, output) -> None:
         """Lets the owner see the parameter again; a forward hook that always runs."""
-        vars(owner).pop(self.parameter, None)
+        hide_parameter(owner, self.parameter)
+
+
+def show_parameter(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Lets a module see a value in place of its parameter, until the last of the threads that run it has called hide_parameter."""
+    with _alone():
+        vars(owner)[name] = value  # found before the registered parameter
+        vars(owner)[_RUNS + name] = vars(owner).get(_RUNS + name, 0) + 1
+
+
+def hide_parameter(owner: nn.Module, name: str) -> None:
+    """Takes :func:`show_parameter` back, once for each call of it."""
+    with _alone():
+        runs = vars(owner).pop(_RUNS + name, 1) - 1
+        if runs:
+            vars(owner)[_RUNS + name] = runs
+        else:
+            vars(owner).pop(name, None)
+
+
+def _alone():
+    """For one thread at a time; a trace knows no locks."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 import copy
 import functools
 import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -234,3 +236,37 @@ def test_forked_workers():
                         timeout=60)
     for actual, value in zip(loader, expected, strict=True):
         torch.testing.assert_close(actual, value)
+
+
+class Patient(nn.Module):
+    """Reads its parameter when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x, started, read):
+        started.set()
+        assert read.wait(60)
+        return x @ self.weight.t()
+
+
+@pytest.mark.parametrize("through_peft", [False, True])
+def test_threads_share_an_adapted_parameter(through_peft):
+    """One that has ended takes nothing from one that still runs."""
+    x, model = torch.randn(3, 4), nn.Sequential(Patient())
+    if through_peft:
+        peft, abba_peft = pytest.importorskip("peft"), pytest.importorskip("abba_ext.peft")
+        layer = peft.get_peft_model(model, abba_peft.AbbaPeftConfig(r=4, init_weights=False, target_parameters=["0.weight"])).base_model.model[0]
+    else:
+        layer = abba_ext.patch_model(model, AbbaConfig(r=4, target_modules=[], target_parameters=["0.weight"]))[0]
+        nn.init.normal_(layer.abba_weight.abba_B2)
+    base = x @ layer.get_parameter("base_layer.weight" if through_peft else "weight").t()
+    started, read, done = threading.Event(), threading.Event(), threading.Event()
+    done.set()
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        slow = pool.submit(torch.no_grad()(layer), x, started, read)
+        assert started.wait(60)
+        expected = layer(x, threading.Event(), done)
+        read.set()
+        assert torch.equal(slow.result(60), expected) and not torch.allclose(expected, base)

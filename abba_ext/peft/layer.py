@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import bases
 from ..functional import abba_linear, delta_weight
-from ..layers import FACTORS, init_factors
+from ..layers import FACTORS, hide_parameter, init_factors, show_parameter
 from .config import AbbaPeftConfig
 
 
@@ -270,11 +270,11 @@ class ParamWrapper(AbbaTunerLayer):
             return self.base_layer(*args, **kwargs)
         owner, weight = self.get_base_layer(), self.adapted.weight
         delta = sum(self.get_delta_weight(name) for name in adapters)
-        vars(owner)[self.parameter_name] = (weight + delta).to(weight.dtype)  # found before the registered parameter
+        show_parameter(owner, self.parameter_name, (weight + delta).to(weight.dtype))
         try:
             return self.base_layer(*args, **kwargs)
         finally:
-            del vars(owner)[self.parameter_name]
+            hide_parameter(owner, self.parameter_name)
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """The module without this wrapper and those inside it; PEFT calls this on the outermost."""
