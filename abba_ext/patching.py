@@ -497,9 +497,9 @@ def _check_originals(model: nn.Module, patch: _Patch) -> None:
 
 
 class _RequireGrad:
-    """A forward hook of embeddings for reentrant gradient checkpointing, which drops the gradients of a block none of whose
-    inputs requires one; with a frozen embedding that is every block. While a model checkpoints, its embeddings' outputs are
-    made to require gradients.
+    """Hooks for reentrant gradient checkpointing, which drops the gradients of a block none of whose inputs requires one; with a
+    frozen base that is every block. While a model checkpoints, the outputs of its embeddings and the inputs of what holds its
+    blocks are made to require gradients.
 
     Args:
         checkpointing: The modules that tell by an attribute whether they checkpoint.
@@ -509,13 +509,32 @@ class _RequireGrad:
         self.checkpointing = checkpointing
 
     def __call__(self, module: nn.Module, inputs, output) -> None:
-        if (torch.is_grad_enabled() and isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad
-                and any(part.gradient_checkpointing for part in self.checkpointing)):
+        """A forward hook of embeddings."""
+        if self._is_checkpointing() and _lacks_grad(output):
             output.requires_grad_(True)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A forward pre-hook of what holds blocks, for models that embed otherwise (images, sound) or are given embeddings."""
+        if not self._is_checkpointing():
+            return None
+        first, embedded = args[:1], {name: kwargs[name] for name in ("hidden_states", "inputs_embeds") if name in kwargs}
+        return ((*map(_with_grad, first), *args[1:]), {**kwargs, **{name: _with_grad(value) for name, value in embedded.items()}})
+
+    def _is_checkpointing(self) -> bool:
+        return torch.is_grad_enabled() and any(part.gradient_checkpointing for part in self.checkpointing)
+
+
+def _lacks_grad(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+
+
+def _with_grad(value):
+    """A tensor that requires gradients; the caller's stays as it is."""
+    return value.detach().requires_grad_(True) if _lacks_grad(value) else value
 
 
 def _checkpointing_hooks(model: nn.Module) -> list:
-    hook = _RequireGrad([part for part in model.modules() if hasattr(part, "gradient_checkpointing")])
+    hook = _RequireGrad(_checkpointing_parts(model))
     embeddings = {}
     for module in model.modules():
         if hasattr(module, "get_input_embeddings"):
@@ -523,7 +542,18 @@ def _checkpointing_hooks(model: nn.Module) -> list:
                 embedding = module.get_input_embeddings()
                 if isinstance(embedding, nn.Module):
                     embeddings[id(embedding)] = embedding
-    return [embedding.register_forward_hook(hook) for embedding in embeddings.values()]
+    holders = [module for module in model.modules() if any(map(_are_blocks, module.children()))]
+    return [*(embedding.register_forward_hook(hook) for embedding in embeddings.values()),
+            *(holder.register_forward_pre_hook(hook.before, with_kwargs=True) for holder in holders)]
+
+
+def _checkpointing_parts(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
+
+
+def _are_blocks(module: nn.Module) -> bool:
+    """Whether the module is a list of blocks that are adapted and may checkpoint."""
+    return isinstance(module, nn.ModuleList) and is_patched(module) and bool(_checkpointing_parts(module))
 
 
 def _find_trained(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
