@@ -80,6 +80,11 @@ def test_embedding(kind):
     check_against_dense(layer, torch.randint(0, 50, (4, 7)), pristine)
 
 
+def test_dropout_leaves_ids_alone():
+    layer, ids = adapt(EMBEDDINGS["plain"](), dropout=0.5), torch.randint(0, 50, (4, 7))
+    assert torch.equal(layer.train()(ids), layer.eval()(ids))
+
+
 def test_scaled_embedding():
     config = tf.Gemma3TextConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
                                  num_key_value_heads=2, head_dim=8)

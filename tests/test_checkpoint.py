@@ -74,6 +74,17 @@ def test_file_says_what_it_holds(saved):
     assert sorted(os.listdir(folder)) == [CONFIG_NAME, WEIGHTS_NAME]  # nothing temporary is left
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_files_have_the_permissions_that_others_have(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        abba_ext.save_adapter(abba_ext.patch_model(tiny(), AbbaConfig(r=4)), tmp_path)
+        assert os.umask(umask) == umask  # as it was
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
 def test_base_model_name(tmp_path):
     model = architectures.build("llama")
     model.config._name_or_path = "org/tiny-llama"

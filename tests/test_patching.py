@@ -51,6 +51,11 @@ def test_default_is_every_linear_of_the_repeated_blocks():
     assert adapted(model=nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))) == ["0", "2"]
 
 
+def test_all_linear_leaves_the_output_head_out():
+    model = architectures.build("llama")
+    assert set(adapted(AbbaConfig(r=4, target_modules="all-linear"), model)) == set(adapted(model=architectures.build("llama")))
+
+
 @pytest.mark.parametrize("kwargs, expected", [
     ({"target_modules": ["q_proj"]}, ["layers.0.q_proj", "layers.1.q_proj", "layers.2.q_proj"]),
     ({"target_modules": ["layers.1.q_proj", "head"]}, ["layers.1.q_proj", "head"]),
@@ -240,7 +245,9 @@ def test_trainable_parameter_line(capsys):
     model = patch_model(Toy(), AbbaConfig(r=4), verbose=True)
     expected = 6 * 4 * 16  # layers x (r1 + r2) x (m + n)
     assert abba_ext.get_nb_trainable_parameters(model)[0] == expected
-    assert capsys.readouterr().out.startswith(f"trainable params: {expected:,d} || all params: ")
+    total = sum(p.numel() for p in model.parameters())
+    assert capsys.readouterr().out == (f"trainable params: {expected:,d} || all params: {total:,d} || "
+                                       f"trainable%: {100 * expected / total:.4f}\n")
 
 
 def test_multihead_attention_projection_is_not_adapted_silently():
