@@ -22,6 +22,7 @@ from abba_ext.merging import merge_checkpoint, partial_folder, row_blocks
 from abba_ext.peft import AbbaPeftConfig
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+NOT_COPIED = (".hidden", ".git", "pytorch_model.bin")
 
 
 def save_base(model, folder, shard_size="20KB"):
@@ -29,7 +30,8 @@ def save_base(model, folder, shard_size="20KB"):
     (folder / "merges.txt").write_text("a b\n")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
-    for name in (".hidden", "pytorch_model.bin"):
+    (folder / ".git").mkdir()
+    for name in (".hidden", ".git/config", "pytorch_model.bin"):
         (folder / name).write_text("not copied")
     return folder
 
@@ -97,11 +99,11 @@ def test_equals_merge_and_unload_bit_for_bit(name, dtype, tmp_path):
     files = {path.relative_to(base): data for path, data in before.items()}
     assert {path: path.read_bytes() for path in before} == before
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
-        path for path in files if path.name not in (".hidden", "pytorch_model.bin")}
+        path for path in files if path.parts[0] not in NOT_COPIED}
     for path, data in files.items():
         if path.suffix == ".safetensors":
             assert header(tmp_path / "out" / path) == header(base / path)
-        elif path.name not in (".hidden", "pytorch_model.bin"):
+        elif path.parts[0] not in NOT_COPIED:
             assert (tmp_path / "out" / path).read_bytes() == data
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
 
@@ -270,9 +272,9 @@ def file_versions(folder):
     return {(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("change", ["nothing", "adapter", "base", "safe"])
-def test_only_the_same_inputs_resume(change, tiny, tmp_path, monkeypatch):
-    base, adapter, model = tiny
+@pytest.mark.parametrize("change", ["nothing", "adapter", "scale", "head", "base", "safe"])
+def test_only_the_same_inputs_resume(change, tmp_path, monkeypatch):
+    base, adapter, model = build(tmp_path, config=AbbaConfig(r1=3, r2=5, init="random", modules_to_save=["lm_head"]))
     out, work = tmp_path / "out", partial_folder(tmp_path / "out") / "model"
     restore = interrupt_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -281,6 +283,12 @@ def test_only_the_same_inputs_resume(change, tiny, tmp_path, monkeypatch):
     restore()
     if change == "adapter":
         model = save_adapter(base, adapter, seed=2)
+    elif change == "scale":
+        model.model.layers[0].self_attn.q_proj.abba_scale *= 2
+        abba_ext.save_adapter(model, adapter)
+    elif change == "head":
+        model.lm_head.weight.data += 1
+        abba_ext.save_adapter(model, adapter)
     elif change == "base":
         os.utime(base / "model.safetensors.index.json")
     kept = file_versions(work)
@@ -400,6 +408,22 @@ def test_force_deletes_no_folder_of_others(name, tiny, tmp_path):
     assert (tmp_path / "out" / name / "optimizer.pt").exists()
 
 
+def test_a_folder_that_came_meanwhile_is_left_alone(tiny, tmp_path, monkeypatch):
+    base, adapter, _ = tiny
+    describe = merging._describe_inputs
+
+    def meanwhile(*args):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("")
+        return describe(*args)
+
+    monkeypatch.setattr(merging, "_describe_inputs", meanwhile)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
+
+
 def test_force_replaces_only_after_success(tiny, tmp_path, monkeypatch):
     base, adapter, _ = tiny
     merge_checkpoint(base, adapter, tmp_path / "out")
@@ -428,6 +452,18 @@ def test_force_interrupted_between_its_two_renames_is_completed_by_the_next_run(
         merge_checkpoint(base, adapter, tmp_path / "out", force=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / ".out.old").iterdir() if path.is_file()} == before
     merge_checkpoint(base, adapter, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
+    assert_same_weights(tmp_path / "out", abba_ext.merge_and_unload(model))
+
+
+def test_force_replaces_beside_what_an_interrupted_run_left(tiny, tmp_path):
+    """A run that was killed while it deleted what it had replaced."""
+    base, adapter, model = tiny
+    for _ in range(2):
+        merge_checkpoint(base, adapter, tmp_path / "out", force=True)
+        (tmp_path / ".out.old").mkdir()
+        (tmp_path / ".out.old" / CONFIG).write_text("{}")
+    merge_checkpoint(base, adapter, tmp_path / "out", force=True)
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
     assert_same_weights(tmp_path / "out", abba_ext.merge_and_unload(model))
 
@@ -599,6 +635,17 @@ def test_two_values_of_one_stored_tensor_are_refused(tmp_path):
     formats.write(formats.Adapter(formats.read(adapter).layers, trained=trained), tmp_path / "twice")
     with pytest.raises(ValueError, match="'lm_head.weight' was trained in full twice"):
         merge_checkpoint(base, tmp_path / "twice", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("classifier.weight", torch.ones(3, 32), r"'classifier.weight' must be \[2, 32\] F32 as in the base, got \[3, 32\]"),
+    ("bert.encoder.layer.0.attention.self.query.weight", torch.ones(32, 32), "query.weight' is both adapted and trained in full")],
+    ids=["shape", "adapted too"])
+def test_trained_parameters_that_do_not_fit_are_refused(name, value, message, tmp_path):
+    base, adapter, _ = build(tmp_path, "bert")
+    formats.write(formats.Adapter(formats.read(adapter).layers, trained={name: value}), tmp_path / "other")
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoint(base, tmp_path / "other", tmp_path / "out")
 
 
 def test_trained_parameters_that_the_base_lacks(tmp_path):
