@@ -271,7 +271,6 @@ def _work_folder(out: Path, inputs: dict) -> Iterator[Path]:
     try:
         with filelock.FileLock(partial / "lock").acquire(blocking=False):
             if not manifest.is_file() or manifest.read_bytes() != json.dumps(inputs).encode():
-                manifest.unlink(missing_ok=True)
                 if folder.exists():
                     shutil.rmtree(folder)
                 replace_file(os.fspath(manifest), lambda path: Path(path).write_bytes(json.dumps(inputs).encode()))
