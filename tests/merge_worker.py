@@ -48,7 +48,7 @@ def kill(base, adapter, out, kills, seed):
         found = {path.name: path.stat().st_ino for path in folder.glob("model-*.safetensors")}
         resumed += sum(found.get(name) == inode for name, inode in kept.items())
         if complete:
-            assert len(found) == shards and not work.exists()
+            assert len(found) == shards and not work.exists() and not list(Path(out).rglob(".tmp-*"))
         else:
             assert not os.path.exists(out) or not os.listdir(out)
         kept = {} if complete else found
