@@ -127,6 +127,11 @@ def test_lora_has_one_rank(pad, rank, tmp_path):
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
+@pytest.mark.parametrize("r1, r2, rank", [(2, 4, 8), (3, 3, 16), (16, 32, 512)])
+def test_lora_is_padded_to_the_next_rank_of_servers(r1, r2, rank, tmp_path):
+    assert write(Adapter({"q": layer(r1=r1, r2=r2)}), tmp_path / "lora", "lora")["rank"] == rank
+
+
 @pytest.mark.parametrize("m, n, r1, r2, rank", [(20, 30, 3, 4, 5), (40, 9, 4, 4, 3), (5, 6, 4, 4, 4), (8, 8, 2, 2, 1)])
 def test_truncation_is_the_best_and_its_error_is_told(m, n, r1, r2, rank, tmp_path):
     factors = layer(m, n, r1, r2, dtype=torch.float64)
@@ -518,6 +523,17 @@ def test_peft_abba_of_peft_itself(tmp_path):
     convert_adapter(tmp_path / "peft", tmp_path / "again", "peft")
     again = peft.PeftModel.from_pretrained(architectures.build("llama").eval(), tmp_path / "again")
     assert_close_to_truth(logits(again.eval(), "llama"), truth, 1e-6)
+
+
+def test_biases_that_peft_trained_are_read(tmp_path):
+    from abba_ext.peft import AbbaPeftConfig
+
+    config = AbbaPeftConfig(r=4, target_modules=["q_proj", "fc1"], bias="abba_only", init_weights=False)
+    model = randomize(peft.get_peft_model(architectures.build("opt"), config)).eval()
+    model.save_pretrained(tmp_path / "peft")
+    adapter = read(tmp_path / "peft")
+    assert adapter.trained.keys() == {f"{name}.bias" for name in adapter.layers} and adapter.tied == {}
+    assert_close_to_truth(logits(model, "opt"), dense_logits("opt", adapter.layers, adapter.trained), 1e-6)
 
 
 PATTERNS = [("alpha_pattern", r"self_attn\..*", 3.0), ("alpha_pattern", "(q|up)_proj", 3.0), ("alpha_pattern", "j", 3.0),

@@ -555,6 +555,16 @@ def test_stacked_experts(transposed, tmp_path):
     assert_close_to_truth(model.merge_and_unload()(x), merged, 1e-5)
 
 
+def test_a_module_that_fails_shows_its_own_parameter_again():
+    model = get_peft_model(nn.Sequential(Experts(False)), config(target_modules=[], target_parameters=["0.up"]))
+    x = torch.randn(5, 4)
+    before = model(x)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(5, 3))
+    owner = model.base_model.model[0].get_base_layer()
+    assert owner.up is owner._parameters["up"] and torch.equal(model(x), before)
+
+
 def test_parameter_errors():
     with pytest.raises(ValueError, match="abba_dropout must be 0 with target_parameters"):
         get_peft_model(nn.Sequential(Experts(False)), config(target_modules=[], target_parameters=["0.up"], abba_dropout=0.1))
