@@ -108,6 +108,8 @@ MUTATIONS = {
         _PROJECT, "if (row < p.launch.num_tokens && a <", "if (row <= p.launch.num_tokens && a <", "project", "bounds|outside|beside"),
     "no barrier before the warps' sums are added": (
         _PROJECT, "acc[m][i];\n  __syncthreads();\n", "acc[m][i];\n", "small project", "race|uninit"),
+    "words of rows that begin between two": (
+        _PROJECT, "reinterpret_cast<uintptr_t>(x) % 4 == 0 && p.x.stride % 2 == 0;", "true;", "small project of odd rows", "alignment"),
     "y read before it has landed": (
         _EXPAND, "    cp_async_wait<0>();\n    __syncthreads();  // y is there\n", "", "expand_", "flight|race"),
     "u overwritten while others read it": (
@@ -152,8 +154,9 @@ def changed_copy(folder, path, old, new):
 def test_the_detector_finds(path, old, new, op, message, tmp_path):
     root = changed_copy(tmp_path / "source", path, old, new)
     module = emulator.build(root, "checked")
-    tokens, r1 = {"small project": (12, 16), "expand_ in chunks": (100, 40)}.get(op, (600, 16))
-    x, v, f1, f2 = case(tokens, 264, r1, 16)
+    tokens, features, r1 = {"small project": (12, 264, 16), "small project of odd rows": (12, 263, 16),
+                            "expand_ in chunks": (100, 264, 40)}.get(op, (600, 264, 16))
+    x, v, f1, f2 = case(tokens, features, r1, 16)
     calls = {"project": lambda backend: backend.project(x, f1, f2),
              "expand_": lambda backend: backend.expand_(x.clone(), v, f1, f2, 0.5),
              "factor_grad": lambda backend: backend.factor_grad(x, v, f1, f2, 0.5)}

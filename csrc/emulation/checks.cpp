@@ -251,8 +251,8 @@ void clear_buffers() {
 #if defined(ABBA_EMULATION_CHECKED)
 namespace {
 
-// A load or store of the kernel.
-void check_access(const void* pointer, size_t bytes, bool write, const void* code) {
+// A load or store of the kernel, of a type that is aligned to so many bytes.
+void check_access(const void* pointer, size_t bytes, size_t alignment, bool write, const void* code) {
   Thread* thread = t_thread;
   if (!thread) return;  // a launcher, on the host
   const auto* address = static_cast<const unsigned char*>(pointer);
@@ -262,6 +262,8 @@ void check_access(const void* pointer, size_t bytes, bool write, const void* cod
   }
   const Kind kind = write ? Kind::kWrite : Kind::kRead;
   const char* operation = write ? "store" : "load";
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment)
+    fatal(code, "alignment: ", operation, " of ", bytes, " bytes at ", pointer);
   const unsigned char* shared = thread->block->shared.get();
   const size_t shared_bytes = thread->block->grid->shared_bytes;
   if (address >= shared && address + bytes <= shared + shared_bytes)
@@ -279,16 +281,16 @@ void check_access(const void* pointer, size_t bytes, bool write, const void* cod
 }  // namespace abba::emulation
 
 #if defined(ABBA_EMULATION_CHECKED)
-#define ABBA_HOOK(name, bytes, write) \
-  void __tsan_##name(void* p) { abba::emulation::check_access(p, bytes, write, __builtin_return_address(0)); }
+#define ABBA_HOOK(name, bytes, alignment, write) \
+  void __tsan_##name(void* p) { abba::emulation::check_access(p, bytes, alignment, write, __builtin_return_address(0)); }
 #define ABBA_HOOKS(n) \
-  ABBA_HOOK(read##n, n, false) ABBA_HOOK(write##n, n, true) \
-  ABBA_HOOK(unaligned_read##n, n, false) ABBA_HOOK(unaligned_write##n, n, true) \
-  ABBA_HOOK(volatile_read##n, n, false) ABBA_HOOK(volatile_write##n, n, true)
+  ABBA_HOOK(read##n, n, n, false) ABBA_HOOK(write##n, n, n, true) \
+  ABBA_HOOK(unaligned_read##n, n, 1, false) ABBA_HOOK(unaligned_write##n, n, 1, true) \
+  ABBA_HOOK(volatile_read##n, n, n, false) ABBA_HOOK(volatile_write##n, n, n, true)
 extern "C" {
 ABBA_HOOKS(1) ABBA_HOOKS(2) ABBA_HOOKS(4) ABBA_HOOKS(8) ABBA_HOOKS(16)
-void __tsan_read_range(void* p, size_t n) { abba::emulation::check_access(p, n, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { abba::emulation::check_access(p, n, true, __builtin_return_address(0)); }
+void __tsan_read_range(void* p, size_t n) { abba::emulation::check_access(p, n, 1, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t n) { abba::emulation::check_access(p, n, 1, true, __builtin_return_address(0)); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -175,7 +175,7 @@ __global__ void shuffles(const Params p) {
 // ---- global memory -------------------------------------------------------------------------------------------------
 
 // y[row][column] = bfloat16(x[row][column]) for sizes[0] columns, rows sizes[1] apart; a block is a row.
-// 1: a column too many; 2: reads a row's gap; 3: writes x; 4: the rows of all blocks are one
+// 1: a column too many; 2: reads a row's gap; 3: writes x; 4: the rows of all blocks are one; 5: stores a word between two
 template <int kBug>
 __global__ void convert(const Params p) {
   const int columns = p.sizes[0], stride = p.sizes[1], column = threadIdx.x;
@@ -185,6 +185,7 @@ __global__ void convert(const Params p) {
   const float value = x[kBug == 2 && column < columns ? column + 1 : min(column, columns - 1)];
   if (kBug == 1 ? column <= columns : column < columns) y[column] = __float2bfloat16_rn(value);
   if (kBug == 3 && column == 0) x[0] = 1;
+  if (kBug == 5 && column == 0) *reinterpret_cast<unsigned*>(y + (row + 1) % 2) = 0;
 }
 
 // sum[i] += x[i] on memory that a memset zeroed, or (1) that nothing was written to
@@ -260,7 +261,7 @@ const std::map<std::string, void (*)(Params)> kKernels = {
     {"mma_bfloat16/1", mma<__nv_bfloat16, 1>}, {"mma_bfloat16/2", mma<__nv_bfloat16, 2>},
     RIGHT(shuffles), WRONG(shuffles, 1), WRONG(shuffles, 2),
     RIGHT(convert), WRONG(convert, 1), WRONG(convert, 2), WRONG(convert, 3), WRONG(convert, 4),
-    RIGHT(accumulate), WRONG(accumulate, 1),
+    WRONG(convert, 5), RIGHT(accumulate), WRONG(accumulate, 1),
     RIGHT(scratch), WRONG(scratch, 1),
     RIGHT(last_arriver), WRONG(last_arriver, 1), WRONG(last_arriver, 2), WRONG(last_arriver, 3), WRONG(last_arriver, 4),
     WRONG(last_arriver, 5),
