@@ -203,6 +203,11 @@ def test_dense_operators():
         torch.ops.abba.dense_forward(x, weight, bias, a1, b1[:6].contiguous(), a2, b2, SCALE)
     with pytest.raises(RuntimeError, match="dense_forward: b2 must be contiguous"):
         torch.ops.abba.dense_forward(x, weight, bias, a1, b1, a2, b2.t().contiguous().t(), SCALE)
+    with pytest.raises(RuntimeError, match="dense_forward: a1 must be contiguous"):
+        torch.ops.abba.dense_forward(x, weight, bias, a1.t().contiguous().t(), b1, a2, b2, SCALE)
+    for wrong in (bias[:6], bias.float(), bias[None]):
+        with pytest.raises(RuntimeError, match=r"dense_forward: bias must be \[7\] in x's dtype, got"):
+            torch.ops.abba.dense_forward(x, weight, wrong, *factors, SCALE)
 
 
 def saved_bytes(function):
@@ -396,6 +401,7 @@ ERRORS = {
     "weight dtype": (bad(weight=torch.ones(5, 4).half()), ValueError, "weight must have x's dtype and device"),
     "bias": (bad(bias=torch.ones(4)), ValueError, r"bias must be \[m\] = \[5\], got \[4\]"),
     "scale": (bad(scale="1"), TypeError, "scale must be a number, got str"),
+    "scale nan": (bad(scale=float("nan")), ValueError, "scale must be finite, got nan"),
     "scalar x": (bad(x=torch.tensor(1.0)), ValueError, r"x must be \[..., n\], got a scalar"),
     "device": (bad(a1=torch.ones(2, 4, device="meta")), ValueError, "a1 must have a1's dtype and x's device"),
     "plan": (bad(plan="fast"), ValueError, "plan must be 'auto', 'khatri_rao' or 'dense', got 'fast'"),

@@ -34,7 +34,7 @@ def check_all(x, f1, f2, v, s=0.37, backend=CPU):
         assert_right_on_gpu(*results, x.dtype) if backend == GPU else assert_no_worse_than(*results)
 
     # Eager torch in the same dtype. The CUDA kernels round float32 masters to x's dtype first; so does eager beside them.
-    factor_dtype = f1.dtype if backend is CPU else x.dtype
+    factor_dtype = f1.dtype if backend == CPU else x.dtype
     kr = dense_kr(f1, f2)
     u = backend.project(x, f1, f2)
     assert u.dtype == x.dtype
@@ -76,6 +76,11 @@ def test_blocks_larger_than_cache():
     check_all(*case(40, 4000, 32, 32, torch.bfloat16, "Dr"))
 
 
+@pytest.mark.parametrize("dtype", backends.HALF, ids=str)
+def test_more_tokens_than_are_widened_at_once(dtype):
+    check_all(*case(1100, 40, 3, 5, dtype))
+
+
 @pytest.mark.parametrize("tokens", [30, 70])
 @pytest.mark.parametrize("name", backends.NAMES)
 def test_fp16_products_of_small_factors_do_not_underflow(name, tokens):
@@ -97,6 +102,18 @@ def test_fp16_products_of_large_factors_do_not_overflow(name):
     f1, f2 = f1 * 2**9, f2 * 2**9  # products up to 2^21, beyond the largest fp16 number
     backend = backends.get(name)
     assert_close_to_truth(backend.project(x * 2**-12, f1, f2), (x * 2**-12).double() @ dense_kr(f1, f2).t(), 2**-9, "project")
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["f1", "f2"])
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_fp16_scales_follow_the_largest_element(name, index):
+    """Whichever factor holds it, and where: here in the last place, beside elements that alone would be scaled up beyond it."""
+    x, f1, f2, _ = case(70, 72, 4, 5, torch.float16)
+    factor = (f1, f2)[index]
+    factor *= 2**-10
+    factor[-1, -1] = 2**7
+    u = backends.get(name).project(x, f1, f2)
+    assert_close_to_truth(u, x.double() @ dense_kr(f1, f2).t(), 2**-9, "project")
 
 
 @pytest.mark.parametrize("name, dtype", backends.cases(DTYPES))
