@@ -8,6 +8,7 @@ a summary. What fails has no row, and the exit status is then 1.
 """
 import argparse
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -72,8 +73,12 @@ def run_case(case: Case, methods: tuple[str, ...], mode: str, seconds: float, de
     problem = make_problem(*case[:4], DTYPES[case.dtype], device)
     inputs = _rotation(problem, device)
     steps, rows = {}, []
+
+    def note(name: str) -> AbstractContextManager:
+        return noted(failures, f"{name}, {case}")
+
     for name in methods:
-        with noted(failures, f"{name}, {case}"):
+        with note(name):
             layer = METHODS[name].build(problem)
             output_error, grad_error = verify(name, layer, problem)
             parameters = list(layer.parameters.values())
@@ -83,8 +88,8 @@ def run_case(case: Case, methods: tuple[str, ...], mode: str, seconds: float, de
             rows.append({**case._asdict(), "method": name, "mode": mode, "note": layer.note,
                          "peak_bytes": peak_memory(full, device), "output_error": output_error, "grad_error": grad_error})
             steps[name] = Step(layer.forward, parameters, inputs, mode)
-    timings = time_interleaved(steps, seconds, device)
-    return [{**row, **timings[row["method"]]._asdict()} for row in rows]
+    timings = time_interleaved(steps, seconds, device, note=note)
+    return [{**row, **timings[row["method"]]._asdict()} for row in rows if row["method"] in timings]
 
 
 def _rotation(problem: Problem, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -15,6 +15,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,13 +189,17 @@ def run_case(case: OpCase, methods: tuple[str, ...], factor_dtype: torch.dtype, 
     problem = Problem(case, factor_dtype, device)
     truth = problem.truth()
     errors = {}
+
+    def note(method: str) -> AbstractContextManager:
+        return noted(failures, f"{method}, {case}")
+
     for method in methods:
-        with noted(failures, f"{method}, {case}"):
+        with note(method):
             errors[method] = problem.error(method, truth)
     del truth
     copies = 4 if device.type == "cuda" else 1
     calls = {method: problem.call(method, copies) for method in errors}
-    timings = time_interleaved(calls, seconds, device, max_rounds=100, launch_ahead=True)
+    timings = time_interleaved(calls, seconds, device, max_rounds=100, launch_ahead=True, note=note)
     least_ms = peaks.least_ms(case, factor_dtype.itemsize) if peaks else None
     rows = []
     for method, timing in timings.items():

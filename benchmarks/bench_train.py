@@ -167,8 +167,12 @@ def run_case(case: Case, methods: tuple[str, ...], rounds: int, device: torch.de
     with torch.no_grad():
         base_loss = TrainStep(model.requires_grad_(False), tokens, autocast).forward().item()
     steps, rows = {}, []
+
+    def note(name: str) -> contextlib.AbstractContextManager:
+        return noted(failures, f"{name}, {case}")
+
     for name in methods:
-        with noted(failures, f"{name}, {case}"):
+        with note(name):
             step = TrainStep(with_method(model, name, case), tokens, autocast, progress)
             step.prepare()
             step.run()  # makes the optimizer's state
@@ -181,11 +185,11 @@ def run_case(case: Case, methods: tuple[str, ...], rounds: int, device: torch.de
             steps[name] = step
     if not rounds:
         return rows
-    timings = time_interleaved(steps, 0.0, device, warmup=WARMUP, min_rounds=rounds)
+    timings = time_interleaved(steps, 0.0, device, warmup=WARMUP, min_rounds=rounds, note=note)
     timed = []
-    for row in rows:
+    for row in (row for row in rows if row["method"] in timings):
         step, timing = steps[row["method"]], timings[row["method"]]
-        with noted(failures, f"{row['method']}, {case}"):
+        with note(row["method"]):
             if not math.isfinite(step.loss.item()):
                 raise AssertionError(f"{row['method']} has the loss {step.loss.item()} after {rounds} rounds")
             timed.append({**row, "tokens_per_s": tokens.numel() / timing.median_ms * 1e3, **timing._asdict()})

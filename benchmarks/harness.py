@@ -186,9 +186,9 @@ class _CudaClock:
 
 
 def time_interleaved(steps: dict[str, Step], seconds: float, device: torch.device, *, warmup: int = 2,
-                     min_rounds: int = 6, max_rounds: int = 1000, seed: int = 0,
-                     launch_ahead: bool = False) -> dict[str, Timing]:
-    """Times every step once per round until the time is spent.
+                     min_rounds: int = 6, max_rounds: int = 1000, seed: int = 0, launch_ahead: bool = False,
+                     note: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext) -> dict[str, Timing]:
+    """Times every step once per round until the time is spent; a step that fails is not run again and has no timing.
 
     Args:
         steps: The methods by name.
@@ -200,19 +200,28 @@ def time_interleaved(steps: dict[str, Step], seconds: float, device: torch.devic
         seed: Of the order within the rounds.
         launch_ahead: On a GPU leave out the time that launches take: for single operators, which inside a network run
             behind other work. More than about 200 µs of launches still show.
+        note: Context of each run, by its name; what it swallows is a failure.
     """
     clock = _CudaClock(device, launch_ahead) if device.type == "cuda" else _CpuClock()
-    for step in steps.values():
-        for _ in range(warmup):
-            clock.time(step)
     runs: dict[str, list[Run]] = {name: [] for name in steps}
+
+    def run(name: str, kept: list[Run]) -> None:
+        if name in runs:
+            with note(name):
+                kept.append(clock.time(steps[name]))
+                return
+            del runs[name]
+
+    for name in steps:
+        for _ in range(warmup):
+            run(name, [])
     order, shuffle = list(steps), random.Random(seed).shuffle
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < deadline):
         shuffle(order)
         for name in order:
-            runs[name].append(clock.time(steps[name]))
+            run(name, runs.get(name, []))
         rounds += 1
     return {name: summarise(values) for name, values in runs.items()}
 
@@ -350,13 +359,18 @@ def write_results(path: Path, rows: list[dict[str, Any]], about: dict[str, Any])
     write_json(path.with_suffix(".json"), about)
 
 
-def by_case(rows: list[dict[str, Any]], fields: tuple[str, ...]) -> dict[tuple, dict[str, dict[str, Any]]]:
-    """The rows as {case: {method: row}}; of a method that failed every value is NaN."""
-    cases: dict[tuple, dict[str, dict[str, Any]]] = {}
+class Rows(dict):
+    """{method: row}; of a method that is not there every value is NaN."""
+
+    def __missing__(self, method: str) -> dict[str, float]:
+        return collections.defaultdict(lambda: math.nan)
+
+
+def by_case(rows: list[dict[str, Any]], fields: tuple[str, ...]) -> dict[tuple, Rows]:
+    """The rows as {case: {method: row}}."""
+    cases: dict[tuple, Rows] = {}
     for row in rows:
-        methods = cases.setdefault(tuple(row[field] for field in fields),
-                                   collections.defaultdict(lambda: collections.defaultdict(lambda: math.nan)))
-        methods[row["method"]] = row
+        cases.setdefault(tuple(row[field] for field in fields), Rows())[row["method"]] = row
     return cases
 
 

@@ -225,6 +225,35 @@ def test_an_older_peft_costs_hira_alone(tmp_path, monkeypatch, capsys):
     assert plot.main([str(tmp_path), "--rank", "4", "--readme", str(tmp_path / "none")]) == 0
 
 
+def test_a_method_that_fails_while_it_is_timed_costs_its_row_alone(tmp_path, monkeypatch, capsys):
+    """As one that has too little memory beside the others; in one of two cases, so that the tables have a gap."""
+    pytest.importorskip("matplotlib")
+    import plot
+
+    def build(problem):
+        layer, runs = baselines.build_lora_peft(problem), []
+
+        def forward(x):
+            runs.append(x)
+            if problem.x.size(0) == 16 and len(runs) == 6:
+                raise torch.OutOfMemoryError("planted")
+            return right(x)
+
+        right, layer.forward = layer.forward, forward
+        return layer
+
+    monkeypatch.setitem(baselines.METHODS, "lora_peft", baselines.Method(build, "LoRA"))
+    assert bench_layer.main(["--device", "cpu", "--quick", "--shapes", "32x48", "--tokens", "8", "16", "--ranks", "4",
+                             "--dtypes", "fp32", "--methods", "base", "lora_peft", "--budget", "0.01",
+                             "--out", str(tmp_path)]) == 1
+    assert "\nFAILED lora_peft, Case(" in capsys.readouterr().out
+    with (tmp_path / "layer.csv").open(encoding="utf-8") as file:
+        rows = [(row["tokens"], row["method"]) for row in csv.DictReader(file)]
+    assert rows == [("8", "base"), ("8", "lora_peft"), ("16", "base")]
+    assert plot.main([str(tmp_path), "--rank", "4", "--readme", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out.splitlines()[3].endswith(" | – |")
+
+
 def test_a_gpus_results_leave_a_cpus_sections_alone():
     pytest.importorskip("matplotlib")
     import plot
