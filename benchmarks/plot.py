@@ -1,4 +1,4 @@
-"""Redraws the picture of a benchmark run and rewrites the README's tables from the files of the results.
+"""Redraws the pictures of a benchmark run and rewrites the README's tables from the files of the results.
 
     python benchmarks/plot.py [benchmarks/results/<device-name>]
 
@@ -8,6 +8,7 @@ these markers; "bench-gpu" and "train-gpu" for results of a GPU. The demo's resu
 """
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ TRAIN_COLOURS = {"base": "#525252", "lora": "#9ecae1", "lora_inplace": "#4292c6"
 MODE_NAMES = {"full": "training step", "forward": "forward", "backward": "backward"}
 MIB = 2**20
 GIB = 2**30
+ERROR_BARS = {"ecolor": "black", "elinewidth": 0.7}
 DISTURBED = 0.05  # share of a run that threads waited for a core, from which on it is told
 
 ByCase = dict[Case, dict[str, dict[str, str]]]
@@ -52,8 +54,17 @@ def relative_time(methods: dict[str, dict[str, str]], name: str) -> float:
     return float(methods[name]["median_ms"]) / float(methods["base"]["median_ms"])
 
 
+def spread(row: dict[str, str], unit_ms: float) -> tuple[float, float]:
+    """How far the 20th and the 80th percentile of a row's times lie below and above the median."""
+    low, median, high = (float(row[f"{name}_ms"]) / unit_ms for name in ("p20", "median", "p80"))
+    return median - low, high - median
+
+
 def draw(cases: ByCase, path: Path) -> None:
-    """Time relative to the frozen base as grouped bars: a row of panels per dtype, a panel per layer, a group per T."""
+    """Time relative to the frozen base as grouped bars: a row of panels per dtype, a panel per layer, a group per T.
+
+    Lines span the 20th to the 80th percentile of a method's runs.
+    """
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     layers = list(dict.fromkeys(case.layer for case in cases))
     names = [name for name in names_of(cases.values()) if name != "base"]
@@ -70,7 +81,9 @@ def draw(cases: ByCase, path: Path) -> None:
             for i, name in enumerate(names):
                 ax.bar([group + (i + 0.5) * bar - 0.42 for group in range(len(chosen))],
                        [relative_time(methods, name) for _, methods in chosen], bar, color=colours[name],
-                       label=METHODS[name].label, zorder=2)
+                       yerr=list(zip(*(spread(methods[name], float(methods["base"]["median_ms"])) for _, methods in chosen),
+                                     strict=True)),
+                       error_kw=ERROR_BARS, label=METHODS[name].label, zorder=2)
             ax.axhline(1, color="black", linewidth=1, zorder=3)
             ax.set_title(f"{layer}, {dtype}", fontsize=10)
             ax.set_xticks(range(len(chosen)), [f"T={case.tokens}" for case, _ in chosen], fontsize=9)
@@ -79,7 +92,7 @@ def draw(cases: ByCase, path: Path) -> None:
         row[0].set_ylabel("time / frozen base")
     first = next(iter(next(iter(cases.values())).values()))
     figure.suptitle(f"{MODE_NAMES[first['mode']].capitalize()} of one layer relative to the frozen base, equal "
-                    f"parameters (r = {first['rank']}); {first['device']}", fontsize=10)
+                    f"parameters (r = {first['rank']}); {first['device']}\n(medians; lines: 20th to 80th percentile)", fontsize=10)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 6),
                   frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
@@ -100,7 +113,7 @@ def table(cases: ByCase) -> str:
                      + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"{MODE_NAMES[first['mode']].capitalize()} of one layer (T tokens, equal parameter "
                       f"budget r = {first['rank']}): time relative to the frozen layer, and peak memory beyond it. "
-                      + setting(first)])
+                      + medians(row for methods in cases.values() for row in methods.values()) + setting(first)])
 
 
 # --- the whole model ---
@@ -122,7 +135,10 @@ def train_model(row: dict[str, str]) -> str:
 
 
 def draw_train(rows: list[dict[str, str]], path: Path) -> None:
-    """Tokens per second and peak memory as bars per method: a row of two panels per case."""
+    """Tokens per second and peak memory as bars per method: a row of two panels per case.
+
+    Lines span what the 20th and the 80th percentile of a method's times make of the tokens per second.
+    """
     cases = list(train_cases(rows).values())
     names = names_of(cases)
     spare = iter(OTHER_COLOURS)
@@ -135,7 +151,11 @@ def draw_train(rows: list[dict[str, str]], path: Path) -> None:
     for methods, pair in zip(cases, axes, strict=True):
         title = train_title(next(iter(methods.values())))
         for ax, (field, unit, label, number) in zip(pair, panels, strict=True):
-            bars = ax.barh(labels, [float(methods[name][field]) / unit for name in names], 0.78, color=colours, zorder=2)
+            values = [float(methods[name][field]) / unit for name in names]
+            lines = [[abs(1 - float(methods[name]["median_ms"]) / float(methods[name][end])) * value
+                      for value, name in zip(values, names, strict=True)] for end in ("p80_ms", "p20_ms")]
+            bars = ax.barh(labels, values, 0.78, color=colours, xerr=lines if field == "tokens_per_s" else None,
+                           error_kw=ERROR_BARS, zorder=2)
             ax.bar_label(bars, fmt=number, padding=2, fontsize=8)
             ax.set_xlabel(label, fontsize=9)
             ax.margins(x=0.12)
@@ -143,7 +163,8 @@ def draw_train(rows: list[dict[str, str]], path: Path) -> None:
             ax.spines[["top", "right"]].set_visible(False)
         pair[0].set_title(title, fontsize=10, loc="left")
     first = rows[0]
-    figure.suptitle(f"Training step of a {train_model(first)}, r = {first['rank']}; {first['device']}", fontsize=10)
+    figure.suptitle(f"Training step of a {train_model(first)}, r = {first['rank']}; {first['device']}\n"
+                    "(medians; lines: 20th to 80th percentile of the times)", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -163,12 +184,21 @@ def train_table(rows: list[dict[str, str]]) -> str:
     disturbed = f" Other processes disturbed it: for {waited:.0%} of the time a thread waited for a core."
     return "\n".join([*lines, "", f"Training step (forward, backward, AdamW) of a {train_model(first)}, equal parameter budget "
                       f"r = {first['rank']}: tokens per second, and peak memory with weights, gradients and optimizer state. "
-                      + setting(first) + disturbed * (waited > DISTURBED)])
+                      + medians(rows) + setting(first) + disturbed * (waited > DISTURBED)])
 
 
 def section(name: str, row: dict[str, str]) -> str:
     """Results of a GPU have sections of their own, so that they do not take the place of a CPU's."""
     return f"{name}-gpu" if row["device_type"] == "cuda" else name
+
+
+def medians(rows: Iterable[dict[str, str]]) -> str:
+    """What the times are, in a sentence: of how many runs, and how far their 80th percentile is above their 20th at most."""
+    rows = list(rows)
+    runs = sorted({int(row["runs"]) for row in rows})
+    wide = max(float(row["p80_ms"]) / float(row["p20_ms"]) for row in rows) - 1
+    return (f"Medians of {runs[0]}{f' to {runs[-1]}' * (len(runs) > 1)} runs, whose 80th percentile is up to {wide:.0%} above the "
+            "20th. ")
 
 
 def setting(row: dict[str, str]) -> str:
@@ -182,12 +212,17 @@ def setting(row: dict[str, str]) -> str:
 
 
 def newest_results() -> Path | None:
-    """The folder in benchmarks/results whose layer.csv or train.csv was written last."""
-    files = [file for name in ("layer", "train") for file in Path(__file__).parent.glob(f"results/*/{name}.csv")]
-    return max(files, key=lambda file: file.stat().st_mtime).parent if files else None
+    """The folder in benchmarks/results whose layer.csv or train.csv was measured last, as the files beside them say."""
+    files = [file for name in ("layer", "train") for file in Path(__file__).parent.glob(f"results/*/{name}.json")]
+    return max(files, key=lambda file: json.loads(file.read_text(encoding="utf-8"))["date"]).parent if files else None
 
 
-def demo_table(folder: Path) -> str:
+def picture(text: str, path: Path, readme: Path) -> str:
+    """Markdown: a picture with its alternative text, by its path from the README."""
+    return f"![{text}]({Path(os.path.relpath(path, readme.parent)).as_posix()})"
+
+
+def demo_table(folder: Path, readme: Path) -> str:
     """Markdown: the demo's picture, and a row for each method that was run."""
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/summary.json"))]
     lines = ["| method | trainable parameters | loss | accuracy | length-normalised |", "|---" * 5 + "|"]
@@ -197,8 +232,8 @@ def demo_table(folder: Path) -> str:
         lines.append(f"| {method}, r={run['r']} | {run['trainable_parameters']:,} | {run['loss_start']:.2f} → "
                      f"{run['loss_end']:.2f} | {accuracy} | {normalised} |")
     run = summaries[0]
-    picture = folder.relative_to(folder.parents[3]).as_posix() + f"/{run['method']}/loss.png"
-    return "\n".join([f"![loss curve and accuracy of the demo]({picture})", "", *lines, "",
+    curve = picture("loss curve and accuracy of the demo", folder / run["method"] / "loss.png", readme)
+    return "\n".join([curve, "", *lines, "",
                       f"{run['model']} on {run['data']}: {run['steps']} steps of {run['batch']} questions, lr {run['lr']:g}, "
                       f"{'bf16 autocast' if run['bf16'] else 'fp32'}, accuracy on {run['eval_items']} held-out questions (chance "
                       f"{run['chance']:.1%}), seed {run['seed']}, on a CPU. One run of each: it shows that training works, not "
@@ -231,16 +266,18 @@ def main(arguments: list[str] | None = None) -> int:
         if not cases or any("base" not in methods for methods in cases.values()):
             parser.error(f"{results / 'layer.csv'} lacks the method 'base' or has no rows of rank {options.rank}")
         draw(cases, results / "layer.png")
-        sections[section("bench", next(iter(cases.values()))["base"])] = table(cases)
+        bars = picture("time of a training step relative to the frozen layer", results / "layer.png", options.readme)
+        sections[section("bench", next(iter(cases.values()))["base"])] = f"{bars}\n\n{table(cases)}"
     if results and (results / "train.csv").exists():
         rows = read_csv(results / "train.csv")
         draw_train(rows, results / "train.png")
-        sections[section("train", rows[0])] = train_table(rows)
+        bars = picture("tokens per second and peak memory of a training step", results / "train.png", options.readme)
+        sections[section("train", rows[0])] = f"{bars}\n\n{train_table(rows)}"
     if not sections:
         parser.error(f"no layer.csv or train.csv in {results or 'benchmarks/results'}; run bench_layer.py or bench_train.py "
                      "first")
     if (results / "demo").is_dir():
-        sections["demo"] = demo_table((results / "demo").resolve())
+        sections["demo"] = demo_table(results / "demo", options.readme)
     for name, text in sections.items():
         updated = replace_section(options.readme, name, text)
         print(f"{text}\n\n{options.readme}, section {name}: {'updated' if updated else 'left alone (no markers)'}\n")

@@ -1,5 +1,7 @@
 """The benchmarks: every baseline equals its definition, the meters measure, and the script runs from end to end."""
 import csv
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -208,6 +210,8 @@ def test_bench_layer_end_to_end(tmp_path, capsys):
     assert plot.main([str(tmp_path), "--rank", "4", "--readme", str(readme)]) == 0
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| 32→48 | 16 |" in text
+    assert "begin -->\n![time of a training step relative to the frozen layer](layer.png)\n" in text
+    assert "Medians of " in text
     assert (tmp_path / "layer.png").stat().st_size > 0
 
 
@@ -251,7 +255,31 @@ def test_a_method_that_fails_while_it_is_timed_costs_its_row_alone(tmp_path, mon
         rows = [(row["tokens"], row["method"]) for row in csv.DictReader(file)]
     assert rows == [("8", "base"), ("8", "lora_peft"), ("16", "base")]
     assert plot.main([str(tmp_path), "--rank", "4", "--readme", str(tmp_path / "none")]) == 0
-    assert capsys.readouterr().out.splitlines()[3].endswith(" | – |")
+    assert capsys.readouterr().out.splitlines()[5].endswith(" | – |")
+
+
+def test_the_newest_results_are_those_measured_last(tmp_path, monkeypatch):
+    """Not those written last: a checkout writes all at once."""
+    pytest.importorskip("matplotlib")
+    import plot
+
+    for folder, date in (("b", "2026-11-27T09:45:19Z"), ("c", "2026-01-01T00:00:00Z"), ("a", "2026-11-26T10:00:00Z")):
+        harness.write_json(tmp_path / "results" / folder / "train.json", {"date": date})
+    monkeypatch.setattr(plot, "__file__", str(tmp_path / "plot.py"))
+    assert plot.newest_results() == tmp_path / "results" / "b"
+
+
+def test_the_readme_has_what_the_committed_results_say(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    root, readme = Path(plot.__file__).parents[1], tmp_path / "README.md"
+    shutil.copy(root / "README.md", readme)
+    text = readme.read_text(encoding="utf-8")
+    results = re.search(r"\((benchmarks/results/.*)/layer\.png\)", text)[1]
+    shutil.copytree(root / results, tmp_path / results)
+    assert plot.main([str(tmp_path / results), "--readme", str(readme)]) == 0
+    assert readme.read_text(encoding="utf-8") == text
 
 
 def test_a_gpus_results_leave_a_cpus_sections_alone():

@@ -280,7 +280,7 @@ def test_a_method_that_fails_costs_its_row_alone(tiny, tmp_path, monkeypatch, ca
     with (tmp_path / "train.csv").open(encoding="utf-8") as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["base", "lora", "base"]
     assert plot.main([str(tmp_path), "--readme", str(tmp_path / "none")]) == 0
-    assert capsys.readouterr().out.splitlines()[3].endswith(" GiB | – |")
+    assert capsys.readouterr().out.splitlines()[5].endswith(" GiB | – |")
 
 
 @pytest.mark.parametrize("arguments, message", [
