@@ -1,7 +1,9 @@
 """The paper's experiments that need no language model: their solver against exact bounds, their verdicts, and quick runs."""
+import dataclasses
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -76,6 +78,17 @@ def test_the_report_finds_every_experiment_and_the_readme_has_their_sections():
     assert all(f"<!-- {name}:begin -->" in text and f"<!-- {name}:end -->" in text for name in names)
 
 
+def test_the_readme_has_what_the_committed_results_say(tmp_path, monkeypatch):
+    import report
+
+    measured = [dataclasses.replace(experiment, draw=lambda results, path: None) for experiment in report.experiments()]
+    monkeypatch.setattr(report, "experiments", lambda: measured)
+    shutil.copytree(PAPER / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png", "*.jsonl"))
+    shutil.copy(PAPER / "README.md", tmp_path)
+    assert report.main(["--results", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md")]) == 0
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (PAPER / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--seeds", "1"], "--seeds must be at least 2, got 1"),
     (["--redraw"], "run without --redraw first"),
@@ -113,12 +126,18 @@ def test_significant(differences, sign):
     assert common.significant(differences) == sign
 
 
-def test_two_standard_errors():
+def test_a_difference_is_significant_outside_of_its_confidence_interval():
     values = [0.0, 1.0, 2.0, 3.0]  # mean 1.5, standard error sqrt(5/3)/2
     assert common.mean_and_error(values) == (1.5, pytest.approx(math.sqrt(5 / 3) / 2))
-    shift = 2 * math.sqrt(5 / 3) / 2 - 1.5
+    shift = 3.182 * math.sqrt(5 / 3) / 2 - 1.5
     assert common.significant([value + shift + 0.01 for value in values]) == 1
     assert common.significant([value + shift - 0.01 for value in values]) == 0
+    special = pytest.importorskip("scipy.special")
+    for count in range(2, 40):
+        values = [float(i) for i in range(count)]
+        mean, error = common.mean_and_error(values)
+        margin = special.stdtrit(min(count, 10) - 1, 0.975) * error
+        assert common.mean_and_margin(values) == (mean, pytest.approx(margin, rel=1e-3))
     with pytest.raises(ValueError, match="at least two seeds, got 1"):
         common.significant([1.0])
     with pytest.raises(ValueError, match="values must be finite, got \\[nan, 1.0\\]"):

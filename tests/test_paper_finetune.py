@@ -335,6 +335,14 @@ def test_no_difference_is_no_claim_held():
     assert text.startswith(common.FAILS) and text.count(": no") == 3
 
 
+def test_a_difference_that_is_lost_in_noise_does_not_make_two_ranks_equal():
+    rows = planted(dict(BETTER["total_rank"], **{"64": 1.9}))
+    for row in rows:
+        row["held_out"]["task"]["loss"] += 0.2 * row["seed"] * (row["case"] == "64") - 0.2 * (row["case"] == "64")
+    assert not outcomes.below(rows, "64", "32")
+    assert "- 64 is not below 32, by the mean: no" in sweeps.summary("total_rank", results_of(rows))
+
+
 def test_order_over_seeds():
     assert outcomes.order([1.0, 2.0, 3.0], [1.5, 2.6, 3.5]) == -1
     assert outcomes.order([1.5, 2.6, 3.5], [1.0, 2.0, 3.0]) == 1
@@ -450,6 +458,14 @@ def test_the_verdict_on_time(times, verdict):
     rows = [{**case, "method": method, "repetition": i, "median_ms": time + 0.1 * i, "wait_share": 0.0}
             for i in range(3) for method, time in {"lora": 100.0, **times}.items()]
     assert step_time.summary({"rounds": 4, "rows": rows}).startswith(verdict)
+
+
+def test_noise_does_not_make_a_step_as_fast_as_loras():
+    case = {"size": "135m", "layers": 30, "batch": 6, "length": 256, "rank": 32, "dtype": "bf16", "adapter_dtype": "fp32"}
+    times = {"lora": (100.0, 100.0, 100.0), "abba": (96.0, 120.0, 144.0), "abba_eager": (112.0, 140.0, 168.0)}
+    rows = [{**case, "method": method, "repetition": i, "median_ms": times[method][i], "wait_share": 0.0}
+            for i in range(3) for method in times]
+    assert step_time.summary({"rounds": 4, "rows": rows}).startswith(common.FAILS)
 
 
 @pytest.mark.parametrize("abba, verdict", [(101, common.HOLDS), (108, common.PARTLY), (400, common.FAILS)])

@@ -25,6 +25,8 @@ for folder in (HERE.parent, ROOT / "examples"):  # harness and plot; the commons
 import harness  # noqa: E402
 from plot import replace_section  # noqa: E402
 
+# Student's t, two-sided at 5 %, for a mean of 2, 3, … 10 values; of more the last will do.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 HOLDS, PARTLY, FAILS = "**holds**", "**partly**", "**does not hold here**"
 
 
@@ -64,10 +66,16 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
+def mean_and_margin(values: Sequence[float]) -> tuple[float, float]:
+    """The mean over seeds and half the width of its 95 % confidence interval."""
+    mean, error = mean_and_error(values)
+    return mean, T95[min(len(values) - 2, len(T95) - 1)] * error
+
+
 def significant(differences: Sequence[float]) -> int:
-    """1 if the mean over seeds is more than two standard errors above zero, −1 if as far below, else 0."""
-    mean, error = mean_and_error(differences)
-    return (mean > 2 * error) - (mean < -2 * error)
+    """1 if the 95 % confidence interval of the mean over seeds is above zero, −1 if below, else 0."""
+    mean, margin = mean_and_margin(differences)
+    return (mean > margin) - (mean < -margin)
 
 
 def verdict(claims: Iterable[bool]) -> str:

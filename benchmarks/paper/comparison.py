@@ -19,7 +19,7 @@ from typing import Any
 from common import Experiment, main, verdict
 from finetune import TUNING_SEED, Run, Runs, parser, settings
 from matplotlib.figure import Figure
-from outcomes import HEADINGS, below, cell, cells, conditions, draw_points, held_out, over_seeds
+from outcomes import HEADINGS, below, cell, cells, conditions, draw_points, held_out, over_seeds, place_legend
 from tqdm.auto import tqdm
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -117,7 +117,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         draw_points(accuracies, rows, labels, partial(held_out, metric=metric), color, metric, shift)
         accuracies.axhline(held_out(rows[0], metric), color=color, linewidth=0.8, linestyle=":")
     accuracies.set_title("accuracy, mean of the tasks (dotted: base)", fontsize=10)
-    accuracies.legend(frameon=False, fontsize=8)
+    place_legend(accuracies)
     for label in labels:
         trained = [row["losses"] for row in rows if row["case"] == label and not row["diverged"]]
         if trained:

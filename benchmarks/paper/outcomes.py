@@ -1,10 +1,11 @@
 """What the rows of fine-tuning runs say: means over sources and seeds, and which case is significantly below another."""
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from common import mean_and_error, significant
+from common import mean_and_margin, significant
 
 Rows = list[dict[str, Any]]
 
@@ -42,6 +43,12 @@ def mean(rows: Rows, cases: Iterable[str]) -> list[float | None]:
     return [None if None in seed else statistics.fmean(seed) for seed in values]
 
 
+def average(rows: Rows, case: str) -> float:
+    """A case's mean held-out loss over seeds; infinity if a run diverged."""
+    values = over_seeds(rows, case, loss)
+    return math.inf if None in values else statistics.fmean(values)
+
+
 def cell(values: list[float | None], digits: int = 3, scale: float = 1.0) -> str:
     """Mean ± standard deviation over seeds."""
     if None in values:
@@ -73,15 +80,21 @@ def conditions(results: dict[str, Any]) -> str:
 
 def draw_points(axes: Any, rows: Rows, cases: list[str], value: Callable[[dict[str, Any]], float | None], color: str,
                 label: str | None = None, shift: float = 0.0) -> None:
-    """A point per seed and case, and the cases' means with two standard errors; diverged runs are left out."""
+    """A point per seed and case, and the cases' means with their 95 % confidence intervals; diverged runs are left out."""
     for x, case in enumerate(cases):
         values = [found for found in over_seeds(rows, case, value) if found is not None]
         axes.plot([x + shift] * len(values), values, ".", color=color, alpha=0.4, markersize=4)
         if len(values) > 1:
-            centre, error = mean_and_error(values)
-            axes.errorbar(x + shift, centre, 2 * error, fmt="o", color=color, capsize=3, label=label)
+            centre, margin = mean_and_margin(values)
+            axes.errorbar(x + shift, centre, margin, fmt="o", color=color, capsize=3, label=label)
             label = None
     long = max(map(len, cases)) > 5
     axes.set_xticks(range(len(cases)), cases, fontsize=8, rotation=30 if long else 0, ha="right" if long else "center")
     axes.grid(axis="y", linewidth=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def place_legend(axes: Any) -> None:
+    """Above the points."""
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)

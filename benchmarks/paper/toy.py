@@ -293,16 +293,21 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def names(methods: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(methods[key]["label"].split(",")[0] for key in keys) or "none of them"
+
+
 def summary(results: dict[str, Any]) -> str:
     """Holds if ABBA's final loss is significantly below LoRA's, HiRA's and full fine-tuning's on every data set."""
     others = ("lora", "hira", "full")
     claims = {(name, other): below(methods, "abba", other) for name, methods in results.items() for other in others}
     lines = [f"{verdict(claims.values())}. The paper's final losses are ABBA {PAPER['abba']}, full fine-tuning {PAPER['full']}, "
              f"HiRA {PAPER['hira']}, LoRA {PAPER['lora']} (width, rank and learning rate not given). Here, at {HIDDEN} hidden "
-             f"units, with every method's learning rate and scale tuned, ABBA ends significantly below:", ""]
+             f"units, with every method's learning rate and scale tuned, ABBA ends significantly below", ""]
     for name, methods in results.items():
-        won = [methods[other]["label"].split(",")[0] for other in others if claims[name, other]]
-        lines.append(f"- {name}, {methods['abba']['steps']} steps of {BATCH}: {', '.join(won) or 'none of them'}")
+        won = names(methods, [other for other in others if claims[name, other]])
+        lost = names(methods, [other for other in others if below(methods, other, "abba")])
+        lines.append(f"- {name}, {methods['abba']['steps']} steps of {BATCH}: {won}; and above: {lost}")
     return "\n".join([*lines, "", table(results), "", "LoRA of equal size is the ablation without the Hadamard product: "
                       "(B1 A1) + (B2 A2) with the same factors is a LoRA of rank r1 + r2. Mean ± standard deviation over seeds; "
                       "scale is LoRA's α/r and ABBA's s. Last column: the learning rate of the paper's language models with the "
