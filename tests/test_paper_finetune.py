@@ -450,6 +450,24 @@ def test_repetitions_of_the_times_are_not_measured_again(tmp_path, monkeypatch):
     assert lora == [(0, 1.0), (1, 3.0), (2, 4.0)]
 
 
+def test_another_measurement_leaves_an_interrupted_one_alone(tmp_path, monkeypatch):
+    def run_case(case, methods, rounds, device, progress):
+        made.append(rounds)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return [{"method": method, "median_ms": 1.0} for method in methods]
+
+    made = []
+    monkeypatch.setattr(step_time, "run_case", run_case)
+    monkeypatch.setattr(step_time, "QUICK", tmp_path)
+    options = {"full": False, "device": "cpu", "seeds": 2}
+    with pytest.raises(KeyboardInterrupt):
+        step_time.measure(argparse.Namespace(quick=False, **options))
+    step_time.measure(argparse.Namespace(quick=True, **options))
+    assert step_time.measure(argparse.Namespace(quick=False, **options))["seconds"] >= 0
+    assert made == [3, 3, 2, 2, 3] and not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("times, verdict", [({"abba": 101.0, "abba_eager": 103.0}, common.HOLDS),
                                             ({"abba": 101.0, "abba_eager": 130.0}, common.PARTLY),
                                             ({"abba": 120.0, "abba_eager": 130.0}, common.FAILS)])

@@ -7,7 +7,10 @@ A model of SmolLM2-135M's geometry with random weights, in bfloat16 where the pr
 idle cores, for minutes; finished repetitions are kept, so that it goes on where it was interrupted.
 """
 import argparse
+import hashlib
+import json
 import sys
+import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,19 +35,20 @@ PAPER = {"Llama-3.2-1B": 1.025, "3B": 1.016, "Mistral-7B": 1.032, "Gemma-2 9B": 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     batch, rounds = (1, 2) if options.quick else (BATCH["full" if options.full else "small"], ROUNDS)
     case = model_case(options, batch, LENGTH)
-    part = QUICK / "time.part.json"
-    asked = {"case": case._asdict(), "methods": list(COMPARED), "rounds": rounds, "commit": common.harness.commit()}
-    kept = common.read_json(part) if part.exists() else {}
-    rows = kept["rows"][:options.seeds * len(COMPARED)] if kept.get("asked") == asked else []
+    device = torch.device(options.device)
+    asked = [case, COMPARED, rounds, common.harness.commit(), common.harness.device_name(device), torch.get_num_threads()]
+    part = QUICK / f"time.{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
+    kept = common.read_json(part) if part.exists() else {"rows": [], "seconds": 0.0}
+    rows, start = kept["rows"][:options.seeds * len(COMPARED)], time.perf_counter() - kept["seconds"]
     steps = len(COMPARED) * steps_of(rounds)
     first = len(rows) // len(COMPARED)
     with tqdm(total=options.seeds * steps, initial=first * steps, desc="time", unit="step") as bar:
         for repetition in range(first, options.seeds):
             rows += [{"repetition": repetition, **row}
-                     for row in run_case(case, COMPARED, rounds, torch.device(options.device), bar.update)]
-            common.write_json(part, {"asked": asked, "rows": rows})
+                     for row in run_case(case, COMPARED, rounds, device, bar.update)]
+            common.write_json(part, {"rows": rows, "seconds": time.perf_counter() - start})
     part.unlink(missing_ok=True)
-    return {"rounds": rounds, "rows": rows}
+    return {"rounds": rounds, "rows": rows, "seconds": round(time.perf_counter() - start, 1)}
 
 
 # --- what it shows ---
