@@ -109,11 +109,11 @@ def matrices(count: int, trans: bool) -> Case:
     return Case(f"ldmatrix_x{count}" + "_trans" * trans, memory, rows.int(), registers)
 
 
-def copies() -> Case:
-    """cp.async of 0 to 16 bytes: what is past them becomes zero."""
-    source = torch.randint(-128, 128, (64, 16), generator=generator(5), dtype=torch.int8)
-    sizes = torch.arange(64, dtype=torch.int32) % 17
-    return Case("cp_async", source, sizes, source.where(torch.arange(16) < sizes[:, None], 0), threads=64)
+def copies(size: int) -> Case:
+    """cp.async of 0 to all bytes: what is past them becomes zero."""
+    source = torch.randint(-128, 128, (64, size), generator=generator(5), dtype=torch.int8)
+    sizes = torch.arange(64, dtype=torch.int32) % (size + 1)
+    return Case(f"cp_async_{size}", source, sizes, source.where(torch.arange(size) < sizes[:, None], 0), threads=64)
 
 
 def copy_groups() -> Case:
@@ -235,7 +235,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "smem_address": addresses,
     **{f"ldmatrix_x{count}" + "_trans" * trans: lambda count=count, trans=trans: matrices(count, trans)
        for count in (4, 2) for trans in (False, True)},
-    "cp_async": copies,
+    **{f"cp_async_{size}": lambda size=size: copies(size) for size in (16, 4)},
     "cp_async_groups": copy_groups,
     "shuffles": shuffled,
     "scales": lambda: scales(3.0, 2.0**-14),

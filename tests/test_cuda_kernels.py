@@ -81,6 +81,16 @@ def test_no_bank_is_met_twice_by_ldmatrix(layout, r2, num_sms):
     assert counters["ldmatrix_extra_wavefronts"] == 0
 
 
+@pytest.mark.parametrize("r2, features", [(4, 128), (12, 128), (24, 128), (16, 122)])
+def test_rows_of_even_elements_are_copied_asynchronously(r2, features):
+    """r2 = 4 is the half of the rank 8 that many train. Element by element each would be waited for."""
+    module = emulator.build(mode="fast")
+    arguments = x, v, f1, f2 = case(130, features, 2, r2)
+    module.reset_counters()
+    check(run_all(emulator.Backend(module, num_sms=MANY), *arguments), *arguments)
+    assert module.counters()["cp_async_bytes"] == 2 * (3 * x.numel() + 2 * v.numel())  # each operator reads each once
+
+
 def test_rows_beyond_2_to_the_31_elements():
     rows, features, gap = 3, 136, 2**31 + 8  # elements from row to row; only the rows' pages are ever touched
     far = torch.empty(((rows - 1) * gap + features,), dtype=BF16).as_strided((rows, features), (gap, 1))

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) expand_kernel(co
   const int num_chunks = (r1 + C::kBlockRanks1 - 1) / C::kBlockRanks1;
   const T* u = static_cast<const T*>(p.u.data);
   T* y = static_cast<T*>(p.y.data);
-  const bool u_aligned = rows_aligned(u, p.u.stride) && r2 == C::kRank2, y_aligned = rows_aligned(y, p.y.stride);
+  const int u_bytes = copy_bytes(u, p.u.stride, r2), y_bytes = copy_bytes(y, p.y.stride);
   const bool fp32 = p.factors.dtype == Dtype::kFloat32;
   const Scales scales = scales_of<T>(p.workspace);
   const float s = p.s * scales.undo;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) expand_kernel(co
 
   const auto load_u = [&](int chunk) {
     load_tile<C::kBlockTokens, C::kBlockColumns, C::kThreads>(smem, u, p.u.stride, token, num_tokens,
-                                                              RankColumns<C::kRank2>{chunk * C::kBlockRanks1, r1, r2}, u_aligned);
+                                                              RankColumns<C::kRank2>{chunk * C::kBlockRanks1, r1, r2}, u_bytes);
   };
   // Eight ranks at a time: few enough registers beside the accumulators.
   const auto stage_factor = [&](const Factor& f, float scale, int rank, int num_ranks, int count, int64_t feature,
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) expand_kernel(co
       if (num_chunks > 1 || feature == static_cast<int64_t>(blockIdx.y) * C::kBlockFeatures) load_u(chunk);
       cp_async_commit();
       if (chunk == 0)
-        load_tile<C::kBlockTokens, C::kBlockFeatures, C::kThreads>(s_y, y, p.y.stride, token, num_tokens, y_columns, y_aligned);
+        load_tile<C::kBlockTokens, C::kBlockFeatures, C::kThreads>(s_y, y, p.y.stride, token, num_tokens, y_columns, y_bytes);
       cp_async_commit();
       stage_factor(p.factors.f1, scales.f1, chunk * C::kBlockRanks1, r1, C::kBlockRanks1, feature, s_f1, C::F1::offset);
       if (chunk == 0) stage_factor(p.factors.f2, scales.f2, 0, r2, C::kRank2, feature, smem + C::kF2At, C::F2::offset);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) expand_kernel(co
                        from_float<T>(to_float(half_of<T>(old, 1)) + s * acc[m][n][2 * h + 1]));
         }
     __syncthreads();
-    store_tile<C::kBlockTokens, C::kBlockFeatures, C::kThreads>(y, p.y.stride, token, num_tokens, y_columns, y_aligned, s_y);
+    store_tile<C::kBlockTokens, C::kBlockFeatures, C::kThreads>(y, p.y.stride, token, num_tokens, y_columns, y_bytes == 16, s_y);
   }
 }
 

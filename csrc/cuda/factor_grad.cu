@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGr
   const int num_steps = static_cast<int>(all_steps * (blockIdx.z + 1) / gridDim.z - first_step);
   const T* x = static_cast<const T*>(p.x.data);
   const T* v = static_cast<const T*>(p.v.data);
-  const bool x_aligned = rows_aligned(x, p.x.stride);
-  const bool v_aligned = rows_aligned(v, p.v.stride) && r2 == C::kRank2;
+  const int x_bytes = copy_bytes(x, p.x.stride), v_bytes = copy_bytes(v, p.v.stride, r2);
   const bool fp32 = p.factors.dtype == Dtype::kFloat32;
 
   const auto load_step = [&](int step) {
@@ -66,9 +65,9 @@ __global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGr
       unsigned char* s_v = smem + step % C::kStages * C::kStageBytes;
       const int64_t token = (first_step + step) * C::kBlockTokens;
       load_tile<C::kBlockTokens, C::kBlockRows, C::kThreads>(s_v, v, p.v.stride, token, num_tokens,
-                                                             RankColumns<C::kRank2>{a0, r1, r2}, v_aligned);
+                                                             RankColumns<C::kRank2>{a0, r1, r2}, v_bytes);
       load_tile<C::kBlockTokens, kGradFeatures, C::kThreads>(s_v + C::kVBytes, x, p.x.stride, token, num_tokens,
-                                                              FeatureColumns{feature0, num_features}, x_aligned);
+                                                              FeatureColumns{feature0, num_features}, x_bytes);
     }
     cp_async_commit();  // an empty group past the end keeps the count
   };

@@ -55,13 +55,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) project_kernel(c
   const int num_steps = static_cast<int>((num_features + C::kBlockFeatures - 1) / C::kBlockFeatures);
   const T* x = static_cast<const T*>(p.x.data);
   const Scales scales = scales_of<T>(p.workspace);
-  const bool x_aligned = rows_aligned(x, p.x.stride), fp32 = p.factors.dtype == Dtype::kFloat32;
+  const int x_bytes = copy_bytes(x, p.x.stride);
+  const bool fp32 = p.factors.dtype == Dtype::kFloat32;
 
   const auto load_x = [&](int step) {
     if (step < num_steps)
       load_tile<C::kBlockTokens, C::kBlockFeatures, C::kThreads>(
           smem + step % C::kStages * C::kXBytes, x, p.x.stride, token, p.launch.num_tokens,
-          FeatureColumns{static_cast<int64_t>(step) * C::kBlockFeatures, num_features}, x_aligned);
+          FeatureColumns{static_cast<int64_t>(step) * C::kBlockFeatures, num_features}, x_bytes);
     cp_async_commit();  // an empty group past the end keeps the count
   };
   FactorTile<T, C::kBlockRanks1, C::kBlockFeatures, C::kThreads, C::kRanksInner> r_f1(p.factors.f1, fp32, a0, p.factors.r1, 0);

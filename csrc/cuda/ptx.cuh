@@ -85,9 +85,19 @@ ABBA_DEVICE void ldmatrix_x2(uint32_t (&r)[2], uint32_t address ABBA_SITE) {
 // Bytes from source_bytes on become zero; with 0 nothing is read. Others see it after cp_async_wait and a barrier.
 ABBA_DEVICE void cp_async_16(uint32_t destination, const void* source, uint32_t source_bytes ABBA_SITE) {
 #if defined(ABBA_EMULATE)
-  emulation::async_copy_16(destination, source, source_bytes, site);
+  emulation::async_copy(destination, 16, source, source_bytes, site);
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(destination), "l"(source), "r"(source_bytes) : "memory");
+#endif
+}
+
+// The same with 4 bytes, both 4-byte aligned, through the L1 cache (.ca): .cg copies 16 alone.
+ABBA_DEVICE void cp_async_4(uint32_t destination, const void* source, uint32_t source_bytes ABBA_SITE) {
+#if defined(ABBA_EMULATE)
+  emulation::async_copy(destination, 4, source, source_bytes, site);
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                :: "r"(destination), "l"(source), "r"(source_bytes) : "memory");
 #endif
 }

@@ -1,5 +1,5 @@
 // Tiles of two-byte elements in shared memory: swizzled so that ldmatrix meets no bank twice, filled by guarded copies
-// from global memory (cp.async where rows are 16-byte aligned, element by element where not).
+// from global memory (cp.async of 16 bytes or of 4, as the alignment allows, or element by element).
 #pragma once
 #include "compat.cuh"
 #include "ptx.cuh"
@@ -52,9 +52,10 @@ struct RankColumns {
   }
 };
 
-// Whether rows may be copied 16 bytes at a time.
-ABBA_DEVICE bool rows_aligned(const void* g, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(g) % 16 == 0 && stride % kChunk == 0;
+// Bytes that may be copied at a time, 16, 4 or 2: what divides the start of each row and of each run of columns in it.
+ABBA_DEVICE int copy_bytes(const void* g, int64_t stride, int run = kChunk) {
+  const uintptr_t starts = reinterpret_cast<uintptr_t>(g) | static_cast<uintptr_t>(2 * stride) | static_cast<uintptr_t>(2 * run);
+  return starts % 16 == 0 ? 16 : starts % 4 == 0 ? 4 : 2;
 }
 
 // This thread's chunks of a tile: they lie in one chunk column, kRowStep rows apart.
@@ -75,20 +76,30 @@ struct ThreadChunks {
 // Starts copying kRows rows from `row` of g [num_rows, .]; rows and columns outside become zero. Ends with cp_async_wait.
 template <int kRows, int kColumns, int kThreads, typename T, typename Columns>
 ABBA_DEVICE void load_tile(unsigned char* s_tile, const T* g, int64_t stride, int64_t row, int64_t num_rows,
-                           const Columns& columns, bool aligned) {
+                           const Columns& columns, int bytes) {
   using Chunks = ThreadChunks<kRows, kColumns, kThreads>;
   const int chunk = Chunks::chunk();
   const Span span = columns(chunk);
   const int rows = num_rows - row < kRows ? static_cast<int>(num_rows - row) : kRows;
   const T* source = g + (row + Chunks::first_row()) * stride + span.column;
   const int64_t step = Chunks::kRowStep * stride;
-  if (aligned) {
-    const uint32_t s_address = smem_address(s_tile);
+  const uint32_t s_address = smem_address(s_tile);
+  if (bytes == 16) {
     Chunks::for_each([&](int r) {
       const int count = r < rows ? span.count : 0;
       cp_async_16(s_address + Tile<kColumns>::chunk_offset(r, chunk), count ? source : g, 2 * count);
       source += step;
     });
+  } else if (bytes == 4) {
+    #pragma unroll 1
+    for (int r = Chunks::first_row(); r < kRows; r += Chunks::kRowStep) {
+      #pragma unroll
+      for (int e = 0; e < kChunk; e += 2) {
+        const int left = r < rows ? max(0, min(2, span.count - e)) : 0;
+        cp_async_4(s_address + Tile<kColumns>::chunk_offset(r, chunk) + 2 * e, left ? source + e : g, 2 * left);
+      }
+      source += step;
+    }
   } else {
     #pragma unroll 1
     for (int r = Chunks::first_row(); r < kRows; r += Chunks::kRowStep) {

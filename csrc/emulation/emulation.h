@@ -42,7 +42,7 @@ unsigned char* dynamic_shared_memory();
 uint32_t shared_address(const void* pointer, Site site);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool bfloat16, Site site);
 void load_matrices(uint32_t* r, int count, bool transposed, uint32_t address, Site site);
-void async_copy_16(uint32_t destination, const void* source, uint32_t source_bytes, Site site);
+void async_copy(uint32_t destination, uint32_t bytes, const void* source, uint32_t source_bytes, Site site);
 void async_commit();
 void async_wait(size_t groups_in_flight);
 

@@ -150,28 +150,29 @@ namespace {
 void copy_now(const AsyncCopy& copy) {
   unsigned char* destination = t_thread->block->shared.get() + (copy.destination - kSharedBase);
   memcpy(destination, copy.source, copy.source_bytes);
-  memset(destination + copy.source_bytes, 0, 16 - copy.source_bytes);
+  memset(destination + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
 }
 
 void mark(const AsyncCopy& copy, bool in_flight) {
   if constexpr (!kChecked) return;
   Cell* cells = &t_thread->block->shadow[(copy.destination - kSharedBase) / 2];
-  for (Cell* cell = cells; cell != cells + 8; ++cell)
+  for (Cell* cell = cells; cell != cells + copy.bytes / 2; ++cell)
     cell->in_flight = in_flight ? InFlight::kAsyncCopy : InFlight::kNothing;
 }
 
 }  // namespace
 
-void async_copy_16(uint32_t destination, const void* source, uint32_t source_bytes, Site site) {
-  unsigned char* target = shared_pointer(destination, 16, 16, "cp.async", site);
-  if (source_bytes > 16) fatal(site, "cp.async: a source of ", source_bytes, " bytes");
-  if (reinterpret_cast<uintptr_t>(source) % 16) fatal(site, "cp.async: the source ", source, " is not 16-byte aligned");
+void async_copy(uint32_t destination, uint32_t bytes, const void* source, uint32_t source_bytes, Site site) {
+  unsigned char* target = shared_pointer(destination, bytes, bytes, "cp.async", site);
+  if (source_bytes > bytes) fatal(site, "cp.async: a source of ", source_bytes, " bytes");
+  if (reinterpret_cast<uintptr_t>(source) % bytes)
+    fatal(site, "cp.async: the source ", source, " is not ", bytes, "-byte aligned");
   if (source_bytes && buffers_matter() && !check_global(source, source_bytes, Kind::kRead, site, "cp.async"))
     fatal(site, "bounds: cp.async of ", source_bytes, " bytes from ", source, ", not in a registered buffer");
-  check_shared(destination - kSharedBase, 16, Kind::kWrite, site, "cp.async");
-  const AsyncCopy copy{destination, source_bytes, source, site};
+  check_shared(destination - kSharedBase, bytes, Kind::kWrite, site, "cp.async");
+  const AsyncCopy copy{destination, bytes, source_bytes, source, site};
   if (config().copy == Copy::kEarly) copy_now(copy);
-  else memset(target, 0xff, 16);
+  else memset(target, 0xff, bytes);
   mark(copy, true);
   t_thread->copies.open.push_back(copy);
   ++t_thread->block->counters.cp_async;
@@ -185,7 +186,7 @@ void async_wait(size_t groups_in_flight) {
     if (config().copy == Copy::kLate) copy_now(copy);
     mark(copy, false);
     // The copy is this thread's write at the time of its wait.
-    check_shared(copy.destination - kSharedBase, 16, Kind::kWrite, copy.site, "cp.async");
+    check_shared(copy.destination - kSharedBase, copy.bytes, Kind::kWrite, copy.site, "cp.async");
   });
 }
 

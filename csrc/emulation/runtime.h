@@ -96,7 +96,7 @@ struct Accessor {
 enum class State { kOther, kAtBarrier, kDone };  // kOther: runs, can run, or waits for others than the whole block
 
 struct AsyncCopy {
-  uint32_t destination, source_bytes;
+  uint32_t destination, bytes, source_bytes;
   const void* source;
   Site site;
 };

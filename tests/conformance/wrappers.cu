@@ -58,19 +58,26 @@ __global__ void ldmatrix(const Params p) {
   for (int j = 0; j < kCount; ++j) write(p.out, lane * kCount + j, r[j]);
 }
 
-// out[i] = 16 bytes of shared memory that were ones before b[i] bytes of a[i] came by cp.async; another thread's, so that
+// out[i] = a Word of shared memory that was ones before b[i] bytes of a[i] came by cp.async; another thread's, so that
 // they pass the wait and a barrier
+template <typename Word>
 __global__ void cp_async(const Params p) {
   ABBA_DYNAMIC_SMEM(smem);
+  constexpr int kBytes = sizeof(Word);
   const int i = threadIdx.x, other = blockDim.x - 1 - i;
-  const uint4 ones = {~0u, ~0u, ~0u, ~0u};
-  reinterpret_cast<uint4*>(smem)[i] = ones;
+  for (int at = 0; at < kBytes; at += 4) *reinterpret_cast<uint32_t*>(smem + kBytes * i + at) = ~0u;
   __syncthreads();
-  cp_async_16(smem_address(smem) + 16 * i, static_cast<const uint4*>(p.a) + i, read<int>(p.b, i));
+  const uint32_t target = smem_address(smem) + kBytes * i;
+  const Word* source = static_cast<const Word*>(p.a) + i;
+  if constexpr (kBytes == 16) {
+    cp_async_16(target, source, read<int>(p.b, i));
+  } else {
+    cp_async_4(target, source, read<int>(p.b, i));
+  }
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
-  write(p.out, other, reinterpret_cast<const uint4*>(smem)[other]);
+  write(p.out, other, reinterpret_cast<const Word*>(smem)[other]);
 }
 
 // out[group][i] = a[group][i]; each of three groups is read as soon as the wait for it says so, an empty one behind them
@@ -171,7 +178,8 @@ const std::map<std::string, void (*)(Params)> kKernels = {
     {"ldmatrix_x4_trans", ldmatrix<4, true>},
     {"ldmatrix_x2", ldmatrix<2, false>},
     {"ldmatrix_x2_trans", ldmatrix<2, true>},
-    {"cp_async", cp_async},
+    {"cp_async_16", cp_async<uint4>},
+    {"cp_async_4", cp_async<uint32_t>},
     {"cp_async_groups", cp_async_groups},
     {"mma_bfloat16", mma<__nv_bfloat16>},
     {"mma_float16", mma<__half>},
