@@ -35,7 +35,7 @@ struct ExpandConfig {
 
   static constexpr int kYAt = kBlockTokens * UTile::kRowBytes;
   static constexpr int kF1At = kYAt + kBlockTokens * YTile::kRowBytes;
-  static constexpr int kF2At = kF1At + 2 * kStagedRanks1 * kBlockFeatures;
+  static constexpr int kF2At = kF1At + kStagedRanks1 * F1::kRankBytes;
   static constexpr int kSharedBytes = kF2At + F2::kBytes;
 };
 

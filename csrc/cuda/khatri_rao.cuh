@@ -207,14 +207,16 @@ ABBA_DEVICE void load_f2_over_features(uint32_t (&f2)[kRank2 / 8][2], uint32_t s
 
 // --- KR as the B operand of a contraction over ranks (expand): n = feature, k = (a, b) ---
 
-// f1's tile for it: a lane's four features g, g+8, g+16, g+24 of a warp's 32 lie together, [a][warp][g][n8 tile].
+// f1's tile for it: a lane's four features g, g+8, g+16, g+24 of a warp's 32 lie together, [a][warp][g][n8 tile]. The gap
+// behind each a keeps eight of them, which a warp stores at once where f1 lies as [D, r1], from one bank.
 template <int kFeatures>
 struct F1FeatureOrder {
+  static constexpr int kRankBytes = 2 * kFeatures + 32;
   ABBA_DEVICE static uint32_t offset(int a, int feature) {
-    return a * 2 * kFeatures + feature / 32 * 64 + feature % 8 * 8 + feature % 32 / 8 * 2;
+    return a * kRankBytes + feature / 32 * 64 + feature % 8 * 8 + feature % 32 / 8 * 2;
   }
   ABBA_DEVICE static uint2 load(const unsigned char* s_f1, int a, int warp) {
-    return *reinterpret_cast<const uint2*>(s_f1 + a * 2 * kFeatures + warp * 64 + threadIdx.x % 32 / 4 * 8);
+    return *reinterpret_cast<const uint2*>(s_f1 + a * kRankBytes + warp * 64 + threadIdx.x % 32 / 4 * 8);
   }
 };
 
