@@ -245,6 +245,13 @@ def test_products_of_factors_go_from_register_to_tensor_core(kernels):
                 assert not without, kernel.name
 
 
+@each_build
+def test_project_writes_pairs_of_elements(unit, architecture, kernels):
+    for kernel in kernels[unit, architecture]:
+        if kernel.family == "project_kernel":
+            assert len(re.findall(r"\bSTG\.E \S", kernel.code)) * 2 == len(re.findall(r"\bSTG\.E\.U16 ", kernel.code)) > 0, kernel.name
+
+
 @pytest.mark.parametrize("line, passes_through_memory", [
     ("STS.U16 [R9], R4", True),
     ("STS.64 [R9+0x10], R3", True),  # R3 and R4

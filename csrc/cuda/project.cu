@@ -120,16 +120,26 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) project_kernel(c
   cp_async_wait<0>();
 
   T* u = static_cast<T*>(p.u.data);
+  const int r2 = p.factors.r2;
+  const bool in_pairs = copy_bytes(u, p.u.stride, r2) >= 4;
   #pragma unroll
   for (int m = 0; m < C::kTilesM; ++m)
     #pragma unroll
     for (int j = 0; j < C::kWarpColumns / 8; ++j)
       #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = token + (warp_m * C::kTilesM + m) * 16 + lane / 4 + i / 2 * 8;
-        const int a = a0 + warp_n * C::kWarpRanks1 + j * 8 / C::kRank2, b = j * 8 % C::kRank2 + lane % 4 * 2 + i % 2;
-        if (row < p.launch.num_tokens && a < p.factors.r1 && b < p.factors.r2)
-          u[row * p.u.stride + static_cast<int64_t>(a) * p.factors.r2 + b] = from_float<T>(scales.undo * acc[m][j][i]);
+      for (int h = 0; h < 2; ++h) {
+        const int64_t row = token + (warp_m * C::kTilesM + m) * 16 + lane / 4 + h * 8;
+        const int a = a0 + warp_n * C::kWarpRanks1 + j * 8 / C::kRank2, b = j * 8 % C::kRank2 + lane % 4 * 2;
+        if (row < p.launch.num_tokens && a < p.factors.r1 && b < r2) {
+          T* pair = u + row * p.u.stride + static_cast<int64_t>(a) * r2 + b;
+          const T low = from_float<T>(scales.undo * acc[m][j][2 * h]), high = from_float<T>(scales.undo * acc[m][j][2 * h + 1]);
+          if (in_pairs) {
+            *reinterpret_cast<uint32_t*>(pair) = pack(low, high);
+          } else {
+            pair[0] = low;
+            if (b + 1 < r2) pair[1] = high;
+          }
+        }
       }
 }
 
