@@ -4,6 +4,7 @@ Skipped where the module was built without them, and nowhere else: a missing cuo
 """
 import functools
 import importlib.metadata
+import itertools
 import re
 import shutil
 import subprocess
@@ -245,11 +246,28 @@ def test_products_of_factors_go_from_register_to_tensor_core(kernels):
                 assert not without, kernel.name
 
 
+def longest_run(code, operation, others):
+    """The most instructions of one kind without one of the others between them, by patterns of their whole names."""
+    names = [match[1] for match in map(INSTRUCTION.match, code.splitlines()) if match]
+    kinds = [bool(re.fullmatch(operation, name)) for name in names if re.fullmatch(f"{operation}|{others}", name)]
+    return max((sum(run) for kind, run in itertools.groupby(kinds) if kind), default=0)
+
+
 @each_build
 def test_project_writes_pairs_of_elements(unit, architecture, kernels):
     for kernel in kernels[unit, architecture]:
         if kernel.family == "project_kernel":
             assert len(re.findall(r"\bSTG\.E \S", kernel.code)) * 2 == len(re.findall(r"\bSTG\.E\.U16 ", kernel.code)) > 0, kernel.name
+
+
+@each_build
+def test_factor_grad_waits_for_many_loads_at_once(unit, architecture, kernels):
+    """What follows its loop happens once, so that nothing else hides a wait: factors are staged, blocks' shares added up."""
+    for kernel in kernels[unit, architecture]:
+        if kernel.family.startswith("factor_grad"):
+            assert longest_run(kernel.code, r"LDG\.E\.STRONG\.GPU", "FADD|FFMA") >= 8, kernel.name
+        if kernel.family == "factor_grad_kernel":
+            assert longest_run(kernel.code, r"LDG\.E", "STS") >= 4, kernel.name
 
 
 @pytest.mark.parametrize("line, passes_through_memory", [

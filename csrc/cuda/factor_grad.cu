@@ -105,16 +105,26 @@ __global__ void __launch_bounds__(C::kThreads) factor_grad_kernel(const FactorGr
   float* s_f1 = reinterpret_cast<float*>(smem);
   float* s_f2 = reinterpret_cast<float*>(smem + C::kF2At);
   float* s_sums = reinterpret_cast<float*>(smem + C::kSumsAt);
-  const auto stage_factor = [&](const Factor& f, int rank, int num_ranks, int count, float* s_rows) {
-    for (int i = threadIdx.x; i < count * kGradFeatures; i += C::kThreads) {
-      const bool ranks_inner = f.rank_stride == 1;
-      const int r = ranks_inner ? i % count : i / kGradFeatures, d = ranks_inner ? i / count : i % kGradFeatures;
-      const bool inside = rank + r < num_ranks && feature0 + d < num_features;
-      s_rows[r * C::kPitch + d] = inside ? factor_at<T>(f, fp32, rank + r, feature0 + d) : 0.f;
+  // Eight ranks at a time: few enough registers beside the accumulators.
+  const auto stage = [&](auto count, auto ranks_inner, const Factor& f, int rank, int num_ranks, float* s_rows) {
+    constexpr int kCount = decltype(count)::value, kAtOnce = kCount < 8 ? kCount : 8;
+    using Values = FactorTile<T, kAtOnce, kGradFeatures, C::kThreads, decltype(ranks_inner)::value>;
+    #pragma unroll 1
+    for (int first = 0; first < kCount; first += kAtOnce) {
+      Values values(f, fp32, rank + first, num_ranks, feature0);
+      values.load(num_features - feature0);
+      Values::for_each([&](int j, int r, int d) { s_rows[(first + r) * C::kPitch + d] = values.values[j]; });
     }
   };
-  stage_factor(p.factors.f1, a0, r1, C::kBlockRanks1, s_f1);
-  stage_factor(p.factors.f2, 0, r2, C::kRank2, s_f2);
+  const auto stage_factor = [&](auto count, const Factor& f, int rank, int num_ranks, float* s_rows) {
+    if (f.rank_stride == 1) {
+      stage(count, std::true_type{}, f, rank, num_ranks, s_rows);
+    } else {
+      stage(count, std::false_type{}, f, rank, num_ranks, s_rows);
+    }
+  };
+  stage_factor(std::integral_constant<int, C::kBlockRanks1>{}, p.factors.f1, a0, r1, s_f1);
+  stage_factor(std::integral_constant<int, C::kRank2>{}, p.factors.f2, 0, r2, s_f2);
   __syncthreads();
 
   // P[(a0 + warp_m kWarpRanks1 + i, g + 8 j), feature0 + column(n) + e]

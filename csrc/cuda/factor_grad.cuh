@@ -83,25 +83,30 @@ ABBA_DEVICE void add_up_shares(const FactorGradParams& p, const GradWorkspace& w
   }
   sync();
   if (!*s_last) return;
-  for (int64_t i = thread; i < static_cast<int64_t>(r1 + r2) * kGradFeatures; i += kThreads) {
-    const int row = static_cast<int>(i / kGradFeatures), b = row - r1;
-    const int64_t d = feature0 + i % kGradFeatures;
-    if (d >= p.launch.num_features) continue;
-    float sum = 0.f;
-    for (int64_t split = 0; split < gridDim.z; ++split) {
-      if (row < r1) {
-        sum += __ldcg(workspace.row(split, row / workspace.block_ranks1, row % workspace.block_ranks1) + d);
-      } else {
-        for (int64_t row_tile = 0; row_tile < gridDim.y; ++row_tile)
-          sum += __ldcg(workspace.row(split, row_tile, workspace.block_ranks1 + b) + d);
-      }
+  const int64_t d = feature0 + thread % kGradFeatures;
+  if (d >= p.launch.num_features) return;
+  // A thread's column of one gradient, eight ranks at a time to have as many loads in flight. first(rank) is the first of the
+  // rank's shares, which lie `step` apart.
+  constexpr int kAtOnce = 8, kRankStep = kThreads / kGradFeatures;
+  static_assert(kThreads % kGradFeatures == 0);
+  const auto add_up = [&](const Factor& df, int num_ranks, int64_t num_shares, int64_t step, auto first) {
+    for (int rank = thread / kGradFeatures; rank < num_ranks; rank += kAtOnce * kRankStep) {
+      const float* share[kAtOnce];
+      float sums[kAtOnce] = {};
+      #pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) share[j] = first(min(rank + j * kRankStep, num_ranks - 1)) + d;
+      for (int64_t i = 0; i < num_shares; ++i)
+        #pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) sums[j] += __ldcg(share[j] + i * step);
+      #pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (rank + j * kRankStep < num_ranks) write_factor<T>(df, fp32, rank + j * kRankStep, d, p.s * sums[j]);
     }
-    if (row < r1) {
-      write_factor<T>(p.df1, fp32, row, d, p.s * sum);
-    } else {
-      write_factor<T>(p.df2, fp32, b, d, p.s * sum);
-    }
-  }
+  };
+  const int block_ranks1 = workspace.block_ranks1;
+  const int64_t slot = (block_ranks1 + workspace.rank2) * workspace.num_features;
+  add_up(p.df1, r1, gridDim.z, gridDim.y * slot, [&](int a) { return workspace.row(0, a / block_ranks1, a % block_ranks1); });
+  add_up(p.df2, r2, slots, slot, [&](int b) { return workspace.row(0, 0, block_ranks1 + b); });
 }
 
 }  // namespace abba
