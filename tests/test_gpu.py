@@ -155,7 +155,8 @@ def test_strided_and_unaligned_inputs(dtype, tokens):
     check_all(x, f1, f2, v.t().contiguous().t())
     check_all(x, f1.repeat_interleave(2, 0)[::2], f2.repeat_interleave(2, 1)[:, ::2], v)
     expanded = x[:1].expand(tokens, 144)
-    assert torch.equal(ops.project(expanded, f1, f2), ops.project(expanded.contiguous(), f1, f2))
+    # Those for Hopper take the copy alone.
+    assert_close_to_truth(ops.project(expanded, f1, f2), ops.project(expanded.contiguous(), f1, f2), 2**-8, "project")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
