@@ -187,7 +187,8 @@ class _CudaClock:
 
 def time_interleaved(steps: dict[str, Step], seconds: float, device: torch.device, *, warmup: int = 2,
                      min_rounds: int = 6, max_rounds: int = 1000, seed: int = 0, launch_ahead: bool = False,
-                     note: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext) -> dict[str, Timing]:
+                     note: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
+                     ) -> dict[str, Timing]:
     """Times every step once per round until the time is spent; a step that fails is not run again and has no timing.
 
     Args:

@@ -81,8 +81,8 @@ def draw(cases: ByCase, path: Path) -> None:
             for i, name in enumerate(names):
                 ax.bar([group + (i + 0.5) * bar - 0.42 for group in range(len(chosen))],
                        [relative_time(methods, name) for _, methods in chosen], bar, color=colours[name],
-                       yerr=list(zip(*(spread(methods[name], float(methods["base"]["median_ms"])) for _, methods in chosen),
-                                     strict=True)),
+                       yerr=list(zip(*(spread(methods[name], float(methods["base"]["median_ms"]))
+                                       for _, methods in chosen), strict=True)),
                        error_kw=ERROR_BARS, label=METHODS[name].label, zorder=2)
             ax.axhline(1, color="black", linewidth=1, zorder=3)
             ax.set_title(f"{layer}, {dtype}", fontsize=10)
@@ -92,7 +92,8 @@ def draw(cases: ByCase, path: Path) -> None:
         row[0].set_ylabel("time / frozen base")
     first = next(iter(next(iter(cases.values())).values()))
     figure.suptitle(f"{MODE_NAMES[first['mode']].capitalize()} of one layer relative to the frozen base, equal "
-                    f"parameters (r = {first['rank']}); {first['device']}\n(medians; lines: 20th to 80th percentile)", fontsize=10)
+                    f"parameters (r = {first['rank']}); {first['device']}\n(medians; lines: 20th to 80th percentile)",
+                    fontsize=10)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 6),
                   frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
@@ -193,12 +194,12 @@ def section(name: str, row: dict[str, str]) -> str:
 
 
 def medians(rows: Iterable[dict[str, str]]) -> str:
-    """What the times are, in a sentence: of how many runs, and how far their 80th percentile is above their 20th at most."""
+    """What the times are, in a sentence: of how many runs, and how far at most their 80th percentile is above the 20th."""
     rows = list(rows)
     runs = sorted({int(row["runs"]) for row in rows})
     wide = max(float(row["p80_ms"]) / float(row["p20_ms"]) for row in rows) - 1
-    return (f"Medians of {runs[0]}{f' to {runs[-1]}' * (len(runs) > 1)} runs, whose 80th percentile is up to {wide:.0%} above the "
-            "20th. ")
+    return (f"Medians of {runs[0]}{f' to {runs[-1]}' * (len(runs) > 1)} runs, whose 80th percentile is up to {wide:.0%} "
+            "above the 20th. ")
 
 
 def setting(row: dict[str, str]) -> str:

@@ -80,7 +80,7 @@ def conditions(results: dict[str, Any]) -> str:
 
 def draw_points(axes: Any, rows: Rows, cases: list[str], value: Callable[[dict[str, Any]], float | None], color: str,
                 label: str | None = None, shift: float = 0.0) -> None:
-    """A point per seed and case, and the cases' means with their 95 % confidence intervals; diverged runs are left out."""
+    """A point per seed and case, and the cases' means with 95 % confidence intervals; diverged runs are left out."""
     for x, case in enumerate(cases):
         values = [found for found in over_seeds(rows, case, value) if found is not None]
         axes.plot([x + shift] * len(values), values, ".", color=color, alpha=0.4, markersize=4)

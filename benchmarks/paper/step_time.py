@@ -36,7 +36,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batch, rounds = (1, 2) if options.quick else (BATCH["full" if options.full else "small"], ROUNDS)
     case = model_case(options, batch, LENGTH)
     device = torch.device(options.device)
-    asked = [case, COMPARED, rounds, common.harness.commit(), common.harness.device_name(device), torch.get_num_threads()]
+    asked = [case, COMPARED, rounds, common.harness.commit(), common.harness.device_name(device),
+             torch.get_num_threads()]
     part = QUICK / f"time.{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
     kept = common.read_json(part) if part.exists() else {"rows": [], "seconds": 0.0}
     rows, start = kept["rows"][:options.seeds * len(COMPARED)], time.perf_counter() - kept["seconds"]

@@ -19,7 +19,8 @@ from common import Experiment, verdict
 from finetune import Run, Runs, parser, settings
 from matplotlib.figure import Figure
 from model_methods import TARGETS
-from outcomes import HEADINGS, Rows, average, below, cells, conditions, draw_points, held_out, loss, mean, order, place_legend
+from outcomes import (HEADINGS, Rows, average, below, cells, conditions, draw_points, held_out, loss, mean, order,
+                      place_legend)
 from starts import STARTS
 
 from abba_ext import AbbaConfig
