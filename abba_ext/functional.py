@@ -37,8 +37,8 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
 
     Floating-point operations beside the base layer's, with R = r1·r2, of a training step (of a forward alone):
 
-        khatri_rao   6·T·R·(m+n) (2·T·R·(m+n)), counted as if T and R were larger by 48: so do products take that do not fill
-                     the processor
+        khatri_rao   6·T·R·(m+n) (2·T·R·(m+n)), counted as if T and R were larger by 48: so do products take that do not
+                     fill the processor
         dense        2·T·m·n for dW, and 8·(r1+r2)·m·n to form ΔW twice and to contract dW onto the factors
                      (2·(r1+r2)·m·n to form ΔW, counted as if there were 32 ranks more: W0 is packed as it is read)
 

@@ -279,7 +279,8 @@ def test_backward_under_autocast_has_the_dtype_of_forward(plan):
         assert_close_to_truth(ours, theirs, 1e-2, f"d{name}")  # torch's own products are in half precision then
 
 
-@pytest.mark.parametrize("name, dtype", [("x", torch.int64), ("x", torch.complex64), ("weight", torch.int8), ("bias", torch.float64)])
+@pytest.mark.parametrize("name, dtype", [("x", torch.int64), ("x", torch.complex64), ("weight", torch.int8),
+                                         ("bias", torch.float64)])
 def test_autocast_leaves_what_it_would_not_cast(name, dtype):
     args = dict(zip(NAMES, random_layer(20, 16, 24, 4, 4, torch.float32, requires_grad=False)))
     args[name] = args[name].to(dtype)
