@@ -40,6 +40,7 @@ class _Patch:
 
     config: AbbaConfig
     requires_grad: dict[str, bool]
+    layers: list[str]
     originals: dict[str, Tensor] = field(default_factory=dict)  # base parameters that are trained, before training
     hooks: list = field(default_factory=list)
     padded: list[nn.Module] = field(default_factory=list)  # encoders that took padded batches apart; see _call_every_layer
@@ -100,7 +101,7 @@ def apply_patch(model: nn.Module, config: AbbaConfig, targets: dict[str, nn.Modu
                 scales: dict[str, float], trained: Sequence[str]) -> None:
     """Attaches given factors to the target layers, freezes the base except the named parameters, and records how to undo it."""
     parameters = dict(named_parameters(model))
-    patch = _Patch(config, {name: parameter.requires_grad for name, parameter in parameters.items()},
+    patch = _Patch(config, {name: parameter.requires_grad for name, parameter in parameters.items()}, list(targets),
                    {name: full_tensor(parameters[name]).clone() for name in trained})
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in patch.originals)

@@ -144,6 +144,9 @@ def test_what_is_not_saved_is_named(tmp_path):
     model[0].abba_B2.data.fill_(1.0)
     with pytest.warns(UserWarning, match="ΔW of 1 layers is still 0: '2', ... took no part in training"):
         abba_ext.save_adapter(model, tmp_path)
+    model[2] = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match="1 layers are not saved, as they are no ABBA layers any more: '2'"):
+        abba_ext.save_adapter(model, tmp_path)
 
 
 def test_the_config_is_that_of_the_values(saved, tmp_path):
