@@ -50,6 +50,7 @@ def test_every_form(index, form, layout):
     (700, 264, 16, 16, 9),  # factor_grad splits the tokens, expand_ changes its u between two tiles
     (700, 72, 40, 8, 3),
     (130, 264, 33, 32, 2),  # more columns than expand_ keeps: the other kernel
+    (130, 72, 70, 8, 3),  # more values of a
     (65, 8, 1, 8, 132),
     (400, 8, 2, 16, 1),  # one tile of features: each group of expand_ has every other u
 ], ids=str)
