@@ -257,12 +257,13 @@ def longest_run(code, operation, others):
 def test_project_writes_pairs_of_elements(unit, architecture, kernels):
     for kernel in kernels[unit, architecture]:
         if kernel.family == "project_kernel":
-            assert len(re.findall(r"\bSTG\.E \S", kernel.code)) * 2 == len(re.findall(r"\bSTG\.E\.U16 ", kernel.code)) > 0, kernel.name
+            pairs, elements = (len(re.findall(rf"\bSTG\.E{width} ", kernel.code)) for width in ("", r"\.U16"))
+            assert 2 * pairs == elements > 0, kernel.name
 
 
 @each_build
 def test_factor_grad_waits_for_many_loads_at_once(unit, architecture, kernels):
-    """What follows its loop happens once, so that nothing else hides a wait: factors are staged, blocks' shares added up."""
+    """Behind its loop factors are staged and blocks' shares added up, once, so that nothing else hides a wait."""
     for kernel in kernels[unit, architecture]:
         if kernel.family.startswith("factor_grad"):
             assert longest_run(kernel.code, r"LDG\.E\.STRONG\.GPU", "FADD|FFMA") >= 8, kernel.name

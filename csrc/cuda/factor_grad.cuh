@@ -85,8 +85,8 @@ ABBA_DEVICE void add_up_shares(const FactorGradParams& p, const GradWorkspace& w
   if (!*s_last) return;
   const int64_t d = feature0 + thread % kGradFeatures;
   if (d >= p.launch.num_features) return;
-  // A thread's column of one gradient, eight ranks at a time to have as many loads in flight. first(rank) is the first of the
-  // rank's shares, which lie `step` apart.
+  // A thread's column of one gradient, eight ranks at a time to have as many loads in flight. first(rank) is the first
+  // of the rank's shares, which lie `step` apart.
   constexpr int kAtOnce = 8, kRankStep = kThreads / kGradFeatures;
   static_assert(kThreads % kGradFeatures == 0);
   const auto add_up = [&](const Factor& df, int num_ranks, int64_t num_shares, int64_t step, auto first) {
@@ -105,7 +105,8 @@ ABBA_DEVICE void add_up_shares(const FactorGradParams& p, const GradWorkspace& w
   };
   const int block_ranks1 = workspace.block_ranks1;
   const int64_t slot = (block_ranks1 + workspace.rank2) * workspace.num_features;
-  add_up(p.df1, r1, gridDim.z, gridDim.y * slot, [&](int a) { return workspace.row(0, a / block_ranks1, a % block_ranks1); });
+  add_up(p.df1, r1, gridDim.z, gridDim.y * slot,
+         [&](int a) { return workspace.row(0, a / block_ranks1, a % block_ranks1); });
   add_up(p.df2, r2, slots, slot, [&](int b) { return workspace.row(0, 0, block_ranks1 + b); });
 }
 

@@ -207,8 +207,8 @@ ABBA_DEVICE void load_f2_over_features(uint32_t (&f2)[kRank2 / 8][2], uint32_t s
 
 // --- KR as the B operand of a contraction over ranks (expand): n = feature, k = (a, b) ---
 
-// f1's tile for it: a lane's four features g, g+8, g+16, g+24 of a warp's 32 lie together, [a][warp][g][n8 tile]. The gap
-// behind each a keeps eight of them, which a warp stores at once where f1 lies as [D, r1], from one bank.
+// f1's tile for it: a lane's four features g, g+8, g+16, g+24 of a warp's 32 lie together, [a][warp][g][n8 tile]. The
+// gap behind each a keeps eight of them, which a warp stores at once where f1 lies as [D, r1], from one bank.
 template <int kFeatures>
 struct F1FeatureOrder {
   static constexpr int kRankBytes = 2 * kFeatures + 32;

@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) project_kernel(c
         const int a = a0 + warp_n * C::kWarpRanks1 + j * 8 / C::kRank2, b = j * 8 % C::kRank2 + lane % 4 * 2;
         if (row < p.launch.num_tokens && a < p.factors.r1 && b < r2) {
           T* pair = u + row * p.u.stride + static_cast<int64_t>(a) * r2 + b;
-          const T low = from_float<T>(scales.undo * acc[m][j][2 * h]), high = from_float<T>(scales.undo * acc[m][j][2 * h + 1]);
+          const T low = from_float<T>(scales.undo * acc[m][j][2 * h]);
+          const T high = from_float<T>(scales.undo * acc[m][j][2 * h + 1]);
           if (in_pairs) {
             *reinterpret_cast<uint32_t*>(pair) = pack(low, high);
           } else {

@@ -54,7 +54,7 @@ struct RankColumns {
 
 // Bytes that may be copied at a time, 16, 4 or 2: what divides the start of each row and of each run of columns in it.
 ABBA_DEVICE int copy_bytes(const void* g, int64_t stride, int run = kChunk) {
-  const uintptr_t starts = reinterpret_cast<uintptr_t>(g) | static_cast<uintptr_t>(2 * stride) | static_cast<uintptr_t>(2 * run);
+  const uintptr_t starts = reinterpret_cast<uintptr_t>(g) | static_cast<uintptr_t>(2 * stride | 2 * run);
   return starts % 16 == 0 ? 16 : starts % 4 == 0 ? 4 : 2;
 }
 
