@@ -314,9 +314,8 @@ def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[
     """The start of training for one layer (paper, section 3 and Table 3): ΔW = 0 with a gradient that is not.
 
     "svd": (B1, A1) = (U√Σ, √Σ Vᵀ) of the rank-r1 truncated SVD of W0, the best rank-r1 approximation (Eckart–Young), by
-    randomised SVD; A2 Kaiming-uniform; B2 = 0. Ranks beyond W0's get B1 = 0 and a Kaiming-uniform A1.
-    "random": A1, B1, A2 Kaiming-uniform; B2 = 0.
-    Kaiming-uniform is that of LoRA and nn.Linear, ±1/√n for a factor of n columns; the authors' code draws A2 from ±√(6/n).
+    randomised SVD; A2 uniform in ±√(6/n), B2 = 0, as in the authors' code. Ranks beyond W0's get B1 = 0 and A1 as below.
+    "random": as that, but A1 uniform in ±1/√n and B1 in ±1/√r1, as LoRA's A and nn.Linear's weight are.
     Draws depend on (config.seed, name) alone. On the meta device the factors have shapes and no values.
 
     Raises:
@@ -330,11 +329,11 @@ def init_factors(module: nn.Module, config: AbbaConfig, name: str = "") -> dict[
     generator = torch.Generator("cpu").manual_seed(seed)
     fp32 = {"device": "cpu", "dtype": torch.float32}  # whatever the default device and dtype are
 
-    def kaiming(rows, columns):
-        return nn.init.kaiming_uniform_(torch.empty(math.prod(stack) * rows, columns, **fp32), a=5**0.5,
+    def kaiming(rows, columns, slope):
+        return nn.init.kaiming_uniform_(torch.empty(math.prod(stack) * rows, columns, **fp32), a=slope,
                                         generator=generator).view(*stack, rows, columns)
 
-    a2, a1, b1 = kaiming(r2, n), kaiming(r1, n), kaiming(m, r1)
+    a2, a1, b1 = kaiming(r2, n, 0), kaiming(r1, n, 5**0.5), kaiming(m, r1, 5**0.5)
     if config.init == "svd" and device.type != "meta":
         try:
             matrix = bases.weight_matrix(module).detach()

@@ -209,7 +209,7 @@ def test_processes_side_by_side_share_the_runs(run, tmp_path, monkeypatch):
 
 def test_a_shared_case_is_one_run():
     centres = [sweeps.SWEEPS[name].cases(16, False)[case] for name, case in (
-        ("rank_split", "8/8"), ("alpha", "16"), ("total_rank", "16"), ("init_strategies", starts.STARTS["ours"].label))]
+        ("rank_split", "8/8"), ("alpha", "16"), ("total_rank", "16"), ("init_strategies", starts.STARTS["narrow"].label))]
     assert len({finetune.Run("abba", 0, **changes).key for changes in centres}) == 1
     assert "float32" in finetune.Run("abba", 0).key and "bfloat16" in finetune.Run("abba", 0, **finetune.FULL).key
 
@@ -251,7 +251,7 @@ def test_every_start_leaves_the_model_as_it_was(name):
     layer = model[0]
     a1, b1, a2, b2 = (getattr(layer, factor).detach().double() for factor in FACTORS)
     delta = reference.delta_weight(a1, b1, a2, b2, layer.abba_scale)
-    if name in ("ours", "second_pair"):
+    if name in ("ours", "narrow", "second_pair"):
         assert torch.count_nonzero(delta) == 0 and torch.equal(layer.weight, before)
     else:
         assert delta.norm() > 0.1 * before.norm()
@@ -278,7 +278,8 @@ def test_starts_are_what_they_are_called():
                 "roots": (truncated(root, 0, 3) / s**0.5, truncated(weight.sign() * root, 0, 5) / s**0.5),
                 "top_and_next": (truncated(weight, 0, 3), truncated(weight, 3, 8)),
                 "next_and_top": (truncated(weight, 5, 8), truncated(weight, 0, 5)),
-                "second_pair": (zero, truncated(weight, 0, 5))}
+                "second_pair": (zero, truncated(weight, 0, 5)),
+                "narrow": (truncated(weight, 0, 3), zero)}
     assert products.keys() == expected.keys()
     for name, pairs in expected.items():
         for found, wanted in zip(products[name], pairs, strict=True):

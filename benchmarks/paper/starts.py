@@ -1,4 +1,4 @@
-"""The starts of ABBA's factors that Table 3 compares: the package's own, and five more, for experiments only.
+"""The starts of ABBA's factors that Table 3 compares: the package's own, and others, for experiments only.
 
     ΔW = s·P1 ⊙ P2,  P1 = B1 A1,  P2 = B2 A2;  SVD(M, i:j) is the part of M in its singular triplets i to j
 
@@ -60,13 +60,18 @@ def second_pair(weight: Tensor, layer: AbbaLayer) -> tuple[Pair, Pair]:
     return (nn.init.kaiming_uniform_(weight.new_empty(r1, n), a=5**0.5), weight.new_zeros(m, r1)), svd_pair(weight, 0, r2)
 
 
+def narrow(weight: Tensor, layer: AbbaLayer) -> tuple[Pair, Pair]:
+    """P1 = SVD(W0, :r1), B2 = 0 and A2 in ±1/√n, as LoRA's A, instead of the authors' ±√(6/n)."""
+    return (layer.abba_A1, layer.abba_B1), (layer.abba_A2 * 6**-0.5, layer.abba_B2)
+
+
 @dataclass(frozen=True)
 class Start:
     """A start's name in tables, the paper's accuracies with it (Mistral-7B, GSM8K and MATH), and its factors.
 
     Attributes:
         label: Its name.
-        paper: The paper's two numbers.
+        paper: The paper's two numbers, if it has any.
         factors: W0 [m, n] in fp32 and the layer → (A1, B1), (A2, B2). None leaves what patch_model made.
     """
 
@@ -81,6 +86,7 @@ STARTS = {
     "top_and_next": Start("top and next part", "64.86 / 17.05", top_and_next),
     "next_and_top": Start("next and top part", "64.79 / 17.16", next_and_top),
     "second_pair": Start("0 and SVD", "66.19 / 18.06", second_pair),
+    "narrow": Start("SVD and 0, A2 narrow", "", narrow),
     "ours": Start("SVD and 0 (ABBA's)", "66.26 / 18.08", None),
 }
 
