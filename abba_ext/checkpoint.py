@@ -92,8 +92,9 @@ def _warn_of_losses(model: nn.Module, state: dict[str, Tensor]) -> None:
     layers = abba_layers(model)
     gone = [name for name in patch_of(model).layers if name not in layers]
     if gone:
-        warnings.warn(f"{len(gone)} layers are not saved, as they are no ABBA layers any more: {gone[0]!r}, ...; something has replaced "
-                      "them since patch_model, as resize_token_embeddings does with an adapted head", stacklevel=3)
+        warnings.warn(f"{len(gone)} layers are not saved, as they are no ABBA layers any more: {gone[0]!r}, ...; something "
+                      "has replaced them since patch_model, as resize_token_embeddings does with an adapted head",
+                      stacklevel=3)
     resting = [name for name in layers if not state[f"{name}.abba_B2"].any()]
     if 0 < len(resting) < len(layers):
         warnings.warn(f"ΔW of {len(resting)} layers is still 0: {resting[0]!r}, ... took no part in training; a module that reads "

@@ -326,8 +326,9 @@ def _without_autocast(device: torch.device):
 
 
 def _is_watched() -> bool:
-    """Whether a dispatch mode sees the operators. That of selective checkpointing keeps the output of some to give it again when
-    others are recomputed, so nothing may be written into an output; and its policy knows the operators that autograd leaves."""
+    """Whether a dispatch mode sees the operators. That of selective checkpointing keeps the output of some to give it again
+    when others are recomputed, so nothing may be written into an output; and its policy knows the operators that autograd
+    leaves."""
     return not torch.compiler.is_compiling() and is_in_torch_dispatch_mode(include_infra_modes=False)
 
 

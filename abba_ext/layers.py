@@ -219,7 +219,8 @@ class AbbaParameter(AbbaLayer, bases.ParameterBase):
 
 
 def show_parameter(owner: nn.Module, name: str, value: Tensor) -> None:
-    """Lets a module see a value in place of its parameter, until the last of the threads that run it has called hide_parameter."""
+    """Lets a module see a value in place of its parameter, until the last of the threads that run it has called
+    hide_parameter."""
     with _alone():
         vars(owner)[name] = value  # found before the registered parameter
         vars(owner)[_RUNS + name] = vars(owner).get(_RUNS + name, 0) + 1

@@ -498,9 +498,9 @@ def _check_originals(model: nn.Module, patch: _Patch) -> None:
 
 
 class _RequireGrad:
-    """Hooks for reentrant gradient checkpointing, which drops the gradients of a block none of whose inputs requires one; with a
-    frozen base that is every block. While a model checkpoints, the outputs of its embeddings and the inputs of what holds its
-    blocks are made to require gradients.
+    """Hooks for reentrant gradient checkpointing, which drops the gradients of a block none of whose inputs requires one;
+    with a frozen base that is every block. While a model checkpoints, the outputs of its embeddings and the inputs of what
+    holds its blocks are made to require gradients.
 
     Args:
         checkpointing: The modules that tell by an attribute whether they checkpoint.
@@ -515,11 +515,11 @@ class _RequireGrad:
             output.requires_grad_(True)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """A forward pre-hook of what holds blocks, for models that embed otherwise (images, sound) or are given embeddings."""
+        """A forward pre-hook of what holds blocks: some models embed otherwise (images, sound) or are given embeddings."""
         if not self._is_checkpointing():
             return None
-        first, embedded = args[:1], {name: kwargs[name] for name in ("hidden_states", "inputs_embeds") if name in kwargs}
-        return ((*map(_with_grad, first), *args[1:]), {**kwargs, **{name: _with_grad(value) for name, value in embedded.items()}})
+        named = {name: _with_grad(kwargs[name]) for name in ("hidden_states", "inputs_embeds") if name in kwargs}
+        return (*map(_with_grad, args[:1]), *args[1:]), {**kwargs, **named}
 
     def _is_checkpointing(self) -> bool:
         return torch.is_grad_enabled() and any(part.gradient_checkpointing for part in self.checkpointing)
