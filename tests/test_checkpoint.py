@@ -187,6 +187,8 @@ def test_other_models_are_refused(saved):
         (nn.ModuleDict({"q": nn.LayerNorm(6), "k": nn.Linear(8, 4)}), "'q' is a LayerNorm"),
         (abba_ext.patch_model(tiny(), AbbaConfig(r=4, bias="abba_only")), r"'q' has ranks \(2, 2\) in the model, \(2, 3\) in the file"),
         (abba_ext.patch_model(tiny(), AbbaConfig(target_modules=["q"])), "the file adapts 'k', the model does not"),
+        (abba_ext.patch_model(tiny(), AbbaConfig(r1=2, r2=3, rank_pattern={"k": 8})),
+         r"the file trains the base parameters \['k.bias', 'q.bias'\], the model \[\]"),
     ):
         before = snapshot(target)
         with pytest.raises(ValueError, match=message):

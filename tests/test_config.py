@@ -31,6 +31,10 @@ def test_patterns_by_suffix_and_regex():
     assert config.ranks("model.layers.0.xq_proj") == (16, 16)  # a suffix begins after a dot
     assert config.scale("model.layers.0.q_proj") == 4 / 4
     assert config.scale("model.layers.10.q_proj") == 256 / 4
+    config = AbbaConfig(scaling="peft", rank_pattern={r".*layers\.1": 8, "v_proj": (1, 3)})
+    assert config.ranks("model.layers.1") == (4, 4) and config.ranks("model.layers.10") == (16, 16)  # the whole name
+    with pytest.raises(ValueError, match="r1 = r2, got r1=1, r2=3 for layer 'v_proj'"):
+        config.scale("v_proj")
 
 
 def test_json_round_trip():

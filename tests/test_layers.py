@@ -89,6 +89,12 @@ def test_start_depends_on_seed_and_name_alone():
     assert not torch.equal(first["abba_A2"], init_factors(linear, AbbaConfig(seed=1), "b")["abba_A2"])
 
 
+def test_random_factors_are_kaiming_uniform():
+    factors = init_factors(nn.Linear(400, 300), AbbaConfig(r1=8, r2=6, init="random"))
+    for key, fan_in in (("abba_A1", 400), ("abba_B1", 8), ("abba_A2", 400)):
+        assert 0.99 * fan_in**-0.5 < factors[key].abs().max() <= fan_in**-0.5
+
+
 def test_svd_needs_the_weight():
     broken = nn.Linear(4, 4)
     broken.weight.data[0, 0] = float("nan")

@@ -199,6 +199,16 @@ def test_checkpoints_without_the_models_prefix(name, prefix, tmp_path):
     assert sorted(changed) == sorted(f"{layer.removeprefix(prefix)}.weight" for layer in formats.read(adapter).layers)
 
 
+def test_a_parameter_that_is_stored_with_and_without_the_prefix_is_refused(tmp_path):
+    base, adapter, _ = build(tmp_path, "gpt2")
+    state, key = stored(base), "h.0.attn.c_attn.weight"
+    for path in base.glob("model*"):
+        path.unlink()
+    save_file(state | {key: state[f"transformer.{key}"].clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"stores the parameter 'transformer.{key}' twice"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["peft", "loha"])
 def test_adapters_of_other_formats(kind, tiny, tmp_path):
     base, adapter, model = tiny

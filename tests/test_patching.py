@@ -181,6 +181,9 @@ def test_disable_adapter_restores_after_an_error_and_while_merged():
     assert torch.equal(model(IDS), merged)
     abba_ext.unmerge(model)
     assert torch.equal(model(IDS), ours)
+    abba_ext.merge(model)
+    torch.testing.assert_close(abba_ext.unpatch_model(model)(IDS), base)
+    assert all(torch.equal(p, fresh) for p, fresh in zip(model.parameters(), Toy().parameters(), strict=True))
 
 
 def test_shared_module_is_adapted_once():

@@ -285,6 +285,11 @@ def test_dropout_leaves_the_base_alone():
     assert_close_to_truth(output, x.double() @ weight.t() + layer.bias.double() + dropped.double() @ delta.t(), 1e-5)
 
 
+def test_dropout_leaves_ids_alone():
+    model = get_peft_model(Net(), config(target_modules=["embed"], abba_dropout=0.5)).train()
+    assert torch.equal(model(IDS), model.eval()(IDS))
+
+
 def test_per_sample_adapters():
     model = two_adapters()
     names = ["__base__", "default", "other", "other"]
@@ -427,6 +432,15 @@ def test_weighted_sum_where_one_name_ends_another():
         torch.testing.assert_close(layer.get_delta_weight("sum"), 2.0 * layer.get_delta_weight("default"))
 
 
+def test_weighted_sum_of_a_layer_that_the_first_adapter_excludes():
+    model = get_peft_model(Net(), config(exclude_modules=["embed"]))
+    model.add_adapter("other", config(r1=3, r2=1, target_modules=["embed", "down"]))
+    model.add_weighted_adapter(["default", "other"], [1.0, 2.0], "sum", combination_type="svd")
+    embed, down = (model.get_submodule(f"base_model.model.{name}") for name in ("embed", "down"))
+    torch.testing.assert_close(embed.get_delta_weight("sum"), 2 * embed.get_delta_weight("other"), rtol=1e-4, atol=1e-5)
+    assert down.abba_A1["sum"].size(0) == 6  # the largest r1·r2
+
+
 def test_truncated_sum_is_the_best_of_its_rank():
     model = two_adapters()
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="svd", svd_rank=2)
@@ -563,6 +577,17 @@ def test_a_module_that_fails_shows_its_own_parameter_again():
         model(torch.randn(5, 3))
     owner = model.base_model.model[0].get_base_layer()
     assert owner.up is owner._parameters["up"] and torch.equal(model(x), before)
+
+
+def test_a_disabled_parameter_is_the_bases_also_after_merging():
+    model = get_peft_model(nn.Sequential(Experts(False)), config(target_modules=[], target_parameters=["0.up"]))
+    x = torch.randn(5, 4)
+    with model.disable_adapter():
+        base = model(x)
+    model.merge_adapter()
+    assert not torch.allclose(model(x), base)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base)
 
 
 def test_parameter_errors():
