@@ -173,7 +173,10 @@ class Run:
         config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}, "gradient_clipping": 0.0,
                   "train_micro_batch_size_per_gpu": BATCH // self.world, "gradient_accumulation_steps": 1,
                   "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        return self.accelerate(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        engine = self.accelerate(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        with pytest.raises(ValueError, match="must be patched before it is given to DeepSpeed"):
+            patch(engine)
+        return engine
 
     def zero2(self):
         return self.zero(2)
