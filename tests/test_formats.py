@@ -339,6 +339,9 @@ def test_authors_format(suffix, prefix, tmp_path):
     assert_same(adapter, Adapter(layers))  # s = √4·√9
     assert_same(read(folder / "adapter_model.bin", format="authors"), adapter)
     assert read(folder, scaling=0.25).layers["model.layers.1.mlp.up_proj"].scale == 0.25
+    torch.save(torch.load(folder / "adapter_model.bin") | {"head.weight": torch.ones(2)}, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="unknown keys 'head.weight'"):
+        read(folder)
 
 
 def test_authors_scale_is_never_guessed(tmp_path):

@@ -174,6 +174,8 @@ def test_disable_adapter_restores_after_an_error_and_while_merged():
         raise KeyError
     assert torch.equal(model(IDS), ours)
     abba_ext.merge(model)
+    with pytest.raises(ValueError, match="'layers.0.q_proj' is merged; unmerge it first"):
+        abba_ext.initialize_adapter(model)
     merged = model(IDS)
     torch.testing.assert_close(merged, ours, atol=1e-4, rtol=1e-4)
     with abba_ext.disable_adapter(model):

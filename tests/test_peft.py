@@ -217,6 +217,8 @@ def test_half_precision_base_keeps_fp32_factors(dtype):
         assert getattr(layer, key)["default"].dtype == torch.float32
         assert torch.equal(getattr(layer, key)["default"], native[key])  # not rounded to the base's dtype on the way
     assert model(IDS).dtype == dtype
+    wide = get_peft_model(Net(torch.float64), config())
+    assert {p.dtype for n, p in wide.named_parameters() if "abba_" in n} == {torch.float64}
     as_base = get_peft_model(Net(dtype), config(), autocast_adapter_dtype=False)
     assert {p.dtype for n, p in as_base.named_parameters() if "abba_" in n} == {dtype}
 
@@ -306,6 +308,9 @@ def test_per_sample_adapters():
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         model(ids, adapter_names=names)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="when there are merged adapters"):
+        model.eval()(ids, adapter_names=names)
 
 
 def test_disabled_switched_and_deleted_adapters():
