@@ -90,9 +90,10 @@ def test_start_depends_on_seed_and_name_alone():
 
 
 def test_random_factors_are_kaiming_uniform():
+    """A2 as torch's default and the authors' code have it, the others as LoRA's A."""
     factors = init_factors(nn.Linear(400, 300), AbbaConfig(r1=8, r2=6, init="random"))
-    for key, fan_in in (("abba_A1", 400), ("abba_B1", 8), ("abba_A2", 400)):
-        assert 0.99 * fan_in**-0.5 < factors[key].abs().max() <= fan_in**-0.5
+    for key, bound in (("abba_A1", 400**-0.5), ("abba_B1", 8**-0.5), ("abba_A2", (6 / 400)**0.5)):
+        assert 0.99 * bound < factors[key].abs().max() <= bound
 
 
 def test_svd_needs_the_weight():
