@@ -11,6 +11,11 @@ torch.manual_seed(0)
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first: at the end one process of pytest-xdist would be left alone with it."""
+    items.sort(key=lambda item: item.path.stem != "test_peft_conformance")
+
+
 @pytest.fixture(scope="session")
 def shared_tmp(tmp_path_factory):
     """A temporary folder that all workers of pytest-xdist have in common; what is made there needs a lock."""
