@@ -243,11 +243,12 @@ def test_experts_with_gradient_checkpointing(reentrant):
 def test_life_of_experts(name, tmp_path):
     model, fresh = build_experts(name), build_experts(name)
     state, before = copy.deepcopy(model.state_dict()), model(IDS).logits
-    config = AbbaConfig(r1=2, r2=3, alpha=2.0, target_parameters=CONFIG.target_parameters, rank_pattern={"gate_up_proj": (4, 1)},
-                        alpha_pattern={"gate_up_proj": 6.0})
+    config = AbbaConfig(r1=2, r2=3, alpha=2.0, target_parameters=CONFIG.target_parameters,
+                        rank_pattern={"gate_up_proj": (4, 1)}, alpha_pattern={"gate_up_proj": 6.0})
     abba_ext.patch_model(model, config)
     layers = abba_ext.abba_layers(model)
-    assert {(layer.abba_ranks, layer.abba_scale) for name, layer in layers.items() if name.endswith("abba_gate_up_proj")} == {((4, 1), 18.0)}
+    gates = [layer for name, layer in layers.items() if name.endswith("abba_gate_up_proj")]
+    assert gates and {(layer.abba_ranks, layer.abba_scale) for layer in gates} == {((4, 1), 18.0)}
     assert any(name.endswith("q_proj") for name in layers)  # beside the default layers
     perturb(model)
     after = model(IDS).logits

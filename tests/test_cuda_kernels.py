@@ -119,7 +119,8 @@ MUTATIONS = {
     "no barrier before the warps' sums are added": (
         _PROJECT, "acc[m][i];\n  __syncthreads();\n", "acc[m][i];\n", "small project", "race|uninit"),
     "words of rows that begin between two": (
-        _PROJECT, "reinterpret_cast<uintptr_t>(x) % 4 == 0 && p.x.stride % 2 == 0;", "true;", "small project of odd rows", "alignment"),
+        _PROJECT, "reinterpret_cast<uintptr_t>(x) % 4 == 0 && p.x.stride % 2 == 0;", "true;", "small project of odd rows",
+        "alignment"),
     "y read before it has landed": (
         _EXPAND, "    cp_async_wait<0>();\n    __syncthreads();  // y is there\n", "", "expand_", "flight|race"),
     "u overwritten while others read it": (

@@ -774,7 +774,8 @@ def test_wrong_arguments_of_write(tmp_path):
     with pytest.raises(ValueError, match="scale must be finite, got nan"):
         layer(scale=float("nan"))
     with pytest.raises(ValueError, match="'head.gain' is trained in full without its whole module"):
-        write(Adapter({"q": layer()}, trained={"head.weight": torch.ones(2, 2), "head.gain": torch.ones(2)}), tmp_path / "new", "peft")
+        trained = {"head.weight": torch.ones(2, 2), "head.gain": torch.ones(2)}
+        write(Adapter({"q": layer()}, trained=trained), tmp_path / "new", "peft")
     embedding = LayerFactors(*factors_of(layer()), 1.0, "embedding")
     for to in ("lora", "loha"):
         with pytest.raises(ValueError, match=f"layer 'wte' is of kind 'embedding'; '{to}' is written of linear layers alone"):

@@ -107,7 +107,7 @@ def test_fp16_products_of_large_factors_do_not_overflow(name):
 @pytest.mark.parametrize("index", [0, 1], ids=["f1", "f2"])
 @pytest.mark.parametrize("name", backends.NAMES)
 def test_fp16_scales_follow_the_largest_element(name, index):
-    """Whichever factor holds it, and where: here in the last place, beside elements that alone would be scaled up beyond it."""
+    """Whichever factor holds it: here in the last place, beside elements that alone would be scaled up beyond it."""
     x, f1, f2, _ = case(70, 72, 4, 5, torch.float16)
     factor = (f1, f2)[index]
     factor *= 2**-10

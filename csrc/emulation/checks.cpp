@@ -281,16 +281,20 @@ void check_access(const void* pointer, size_t bytes, size_t alignment, bool writ
 }  // namespace abba::emulation
 
 #if defined(ABBA_EMULATION_CHECKED)
-#define ABBA_HOOK(name, bytes, alignment, write) \
-  void __tsan_##name(void* p) { abba::emulation::check_access(p, bytes, alignment, write, __builtin_return_address(0)); }
+#define ABBA_HOOK(name, bytes, align, write) \
+  void __tsan_##name(void* p) { abba::emulation::check_access(p, bytes, align, write, __builtin_return_address(0)); }
 #define ABBA_HOOKS(n) \
   ABBA_HOOK(read##n, n, n, false) ABBA_HOOK(write##n, n, n, true) \
   ABBA_HOOK(unaligned_read##n, n, 1, false) ABBA_HOOK(unaligned_write##n, n, 1, true) \
   ABBA_HOOK(volatile_read##n, n, n, false) ABBA_HOOK(volatile_write##n, n, n, true)
 extern "C" {
 ABBA_HOOKS(1) ABBA_HOOKS(2) ABBA_HOOKS(4) ABBA_HOOKS(8) ABBA_HOOKS(16)
-void __tsan_read_range(void* p, size_t n) { abba::emulation::check_access(p, n, 1, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { abba::emulation::check_access(p, n, 1, true, __builtin_return_address(0)); }
+void __tsan_read_range(void* p, size_t n) {
+  abba::emulation::check_access(p, n, 1, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, size_t n) {
+  abba::emulation::check_access(p, n, 1, true, __builtin_return_address(0));
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -175,7 +175,7 @@ __global__ void shuffles(const Params p) {
 // ---- global memory -------------------------------------------------------------------------------------------------
 
 // y[row][column] = bfloat16(x[row][column]) for sizes[0] columns, rows sizes[1] apart; a block is a row.
-// 1: a column too many; 2: reads a row's gap; 3: writes x; 4: the rows of all blocks are one; 5: stores a word between two
+// 1: a column too many; 2: reads a row's gap; 3: writes x; 4: all rows are one; 5: stores a word between two
 template <int kBug>
 __global__ void convert(const Params p) {
   const int columns = p.sizes[0], stride = p.sizes[1], column = threadIdx.x;
