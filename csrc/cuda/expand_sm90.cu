@@ -40,12 +40,14 @@ struct ExpandSm90Config {
 // --- kernel ---
 
 // A block's tiles: those from first to last, counted token tile by token tile.
+template <typename C>
 struct Tiles {
   int64_t first, last;
   int per_row;  // tiles of features
 
-  ABBA_DEVICE Tiles(int64_t token_tiles, int feature_tiles) : per_row(feature_tiles) {
-    const int64_t all = token_tiles * feature_tiles;
+  ABBA_DEVICE explicit Tiles(const Launch& launch)
+      : per_row(static_cast<int>((launch.num_features + C::kBlockFeatures - 1) / C::kBlockFeatures)) {
+    const int64_t all = (launch.num_tokens + C::kBlockTokens - 1) / C::kBlockTokens * per_row;
     first = all * blockIdx.x / gridDim.x;
     last = all * (blockIdx.x + 1) / gridDim.x;
   }
@@ -55,7 +57,7 @@ struct Tiles {
 
 template <typename C>
 ABBA_DEVICE void produce(const ExpandParams& p, const TensorMap& y_map, const TensorMap& u_map, unsigned char* smem,
-                         const StageBarriers<C::kSlots>& slots, const StageBarriers<1>& u_barriers, const Tiles& tiles) {
+                         const StageBarriers<C::kSlots>& slots, const StageBarriers<1>& u_barriers, const Tiles<C>& tiles) {
   using T = typename C::T;
   const uint32_t s_u = smem_address(smem);
   const bool fp32 = p.factors.dtype == Dtype::kFloat32;
@@ -102,7 +104,7 @@ ABBA_DEVICE void produce(const ExpandParams& p, const TensorMap& y_map, const Te
 
 template <typename C>
 ABBA_DEVICE void consume(const ExpandParams& p, const TensorMap& y_map, unsigned char* smem,
-                         const StageBarriers<C::kSlots>& slots, const StageBarriers<1>& u_barriers, const Tiles& tiles) {
+                         const StageBarriers<C::kSlots>& slots, const StageBarriers<1>& u_barriers, const Tiles<C>& tiles) {
   using T = typename C::T;
   const int group = threadIdx.x / kGroupThreads - 1;
   const bool leads = threadIdx.x % kGroupThreads == 0;  // the thread that sends the group's tiles off
@@ -194,8 +196,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   ABBA_DYNAMIC_SMEM(smem);
   const StageBarriers<C::kSlots> slots{smem_address(smem) + C::kBarriersAt};
   const StageBarriers<1> u_barriers{smem_address(smem) + C::kUBarriersAt};
-  const Tiles tiles((p.launch.num_tokens + C::kBlockTokens - 1) / C::kBlockTokens,
-                    static_cast<int>((p.launch.num_features + C::kBlockFeatures - 1) / C::kBlockFeatures));
+  const Tiles<C> tiles(p.launch);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(y_map), prefetch_tensor_map(u_map);
     slots.init(1 + kGroupThreads / 32, 1);  // TMA's bytes and the producer's warps; the thread that sent y off
