@@ -30,7 +30,7 @@ struct ExpandSm90Config {
   using KR = KrRowsOverRanks<T, kRank2, kBlockFeatures, kRanksInner>;
 
   // Shared memory: u [kMaxColumns / 64], y, f1 and f2 [kSlots], barriers of the slots and of u
-  static constexpr int kTileBytes = kBlockTokens * SwizzledTile::kRowBytes, kF1Bytes = 2 * kRanks1 * kBlockFeatures;
+  static constexpr int kTileBytes = kBlockTokens * SwizzledTile::kRowBytes, kF1Bytes = kRanks1 * F1::kRankBytes;
   static constexpr int kYAt = kRanks1 * kRank2 / 64 * kTileBytes, kF1At = kYAt + kSlots * kTileBytes;
   static constexpr int kF2At = kF1At + kSlots * kF1Bytes, kBarriersAt = kF2At + kSlots * F2::kBytes;
   static constexpr int kUBarriersAt = kBarriersAt + StageBarriers<kSlots>::kBytes;

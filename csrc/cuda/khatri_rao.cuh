@@ -268,14 +268,16 @@ struct KrRowsOverFeatures {
 
 // --- KR as the A operand of a contraction over ranks (expand on Hopper): m = feature, k = (a, b) ---
 
-// f1's tile for it: a lane's two features g and g+8 of a warp's 16 lie together, [a][warp][g][half].
+// f1's tile for it: a lane's two features g and g+8 of a warp's 16 lie together, [a][warp][g][half]. The gap behind each a
+// keeps sixteen of them, which a warp stores at once where f1 lies as [D, r1], from one bank.
 template <int kFeatures>
 struct F1RowOrder {
+  static constexpr int kRankBytes = 2 * kFeatures + 8;
   ABBA_DEVICE static uint32_t offset(int a, int feature) {
-    return a * 2 * kFeatures + feature / 16 * 32 + feature % 8 * 4 + feature % 16 / 8 * 2;
+    return a * kRankBytes + feature / 16 * 32 + feature % 8 * 4 + feature % 16 / 8 * 2;
   }
   ABBA_DEVICE static uint32_t load(const unsigned char* s_f1, int a, int warp) {
-    return *reinterpret_cast<const uint32_t*>(s_f1 + a * 2 * kFeatures + warp * 32 + threadIdx.x % 32 / 4 * 4);
+    return *reinterpret_cast<const uint32_t*>(s_f1 + a * kRankBytes + warp * 32 + threadIdx.x % 32 / 4 * 4);
   }
 };
 
