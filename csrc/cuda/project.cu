@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(32 * kSmallWarps, 1) small_project_kernel(cons
   };
 
   float acc[kTilesM][4] = {};
-  #pragma unroll (kTilesM == 4 ? 1 : 2)  // what the registers allow
+  #pragma unroll (kTilesM == 1 ? 2 : 1)  // what the registers allow, on Blackwell too
   for (int64_t k = warp * 16; k < num_features; k += kSmallWarps * 16) {
     uint32_t kr[2];
     #pragma unroll
