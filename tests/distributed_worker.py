@@ -38,7 +38,7 @@ def build(device: str = "cpu") -> nn.Module:
 
 
 def patch(model: nn.Module) -> nn.Module:
-    return abba_ext.patch_model(model, abba_ext.AbbaConfig(r1=3, r2=4, alpha=8.0, bias="abba_only"))
+    return abba_ext.patch_model(model, abba_ext.AbbaConfig(r1=3, r2=4, alpha=5.0, bias="abba_only"))
 
 
 def shard(model: nn.Module, mesh) -> nn.Module:

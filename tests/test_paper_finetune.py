@@ -312,7 +312,7 @@ def results_of(rows):
 
 LABELS = [start.label for start in starts.STARTS.values()]
 BETTER = {
-    "init_strategies": dict(zip(LABELS, (3.0, 2.8, 2.6, 2.4, 2.0, 2.0), strict=True)),
+    "init_strategies": dict(zip(LABELS, (3.0, 2.8, 2.6, 2.4, 2.0, 2.1, 2.0), strict=True)),
     "rank_split": {"2/14": 3.0, "4/12": 2.5, "6/10": 2.4, "8/8": 2.0},
     "alpha": {"4": 3.0, "8": 2.5, "16": 2.0, "24": 1.9, "32": 2.0, "48": 2.5, "64": 3.0},
     "total_rank": {"8": 3.0, "16": 2.5, "32": 2.0, "64": 2.0},
