@@ -19,7 +19,8 @@ GPU_CHECK_ARGS ?=
 # Read by every pip below, and by the isolated build that pip starts. torch goes in first: the build uses that one.
 export PIP_CONSTRAINT := build_support/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Python compiles what is imported, a fraction of what is installed.
+# Python compiles what is imported, a fraction of what is installed, and keeps it.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL = bin/python -m pip install --quiet --no-compile
 # What the tests also use, without what it declares to need: another torch, CUDA.
 TEST_PACKAGES = deepspeed gptqmodel optimum defuser device-smi logbar pypcre tokenicer
