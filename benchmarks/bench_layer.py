@@ -8,13 +8,12 @@ a summary. What fails has no row, and the exit status is then 1.
 """
 import argparse
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from baselines import METHODS, Problem, make_problem, verify
-from harness import (MODES, Step, by_case, device_name, metadata, noted, peak_memory, report, slug, table, time_interleaved,
-                     write_results)
+from harness import (MODES, Step, by_case, device_name, metadata, noted, notes, peak_memory, report, slug, table,
+                     time_interleaved, write_results)
 from shapes import DTYPES, Case, Grid, default_grid, parse_shape
 from tqdm import tqdm
 
@@ -72,11 +71,7 @@ def run_case(case: Case, methods: tuple[str, ...], mode: str, seconds: float, de
     torch.compiler.reset()  # otherwise the compiled methods turn to dynamic shapes from the second case on
     problem = make_problem(*case[:4], DTYPES[case.dtype], device)
     inputs = _rotation(problem, device)
-    steps, rows = {}, []
-
-    def note(name: str) -> AbstractContextManager:
-        return noted(failures, f"{name}, {case}")
-
+    steps, rows, note = {}, [], notes(failures, case)
     for name in methods:
         with note(name):
             layer = METHODS[name].build(problem)

@@ -15,12 +15,11 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import (TOLERANCE, by_case, device_name, metadata, noted, relative_error, report, slug, table,
+from harness import (TOLERANCE, by_case, device_name, metadata, noted, notes, relative_error, report, slug, table,
                      time_interleaved, write_results)
 from shapes import DTYPES, Grid, default_grid, parse_shape
 from torch import Tensor
@@ -188,11 +187,7 @@ def run_case(case: OpCase, methods: tuple[str, ...], factor_dtype: torch.dtype, 
     """
     problem = Problem(case, factor_dtype, device)
     truth = problem.truth()
-    errors = {}
-
-    def note(method: str) -> AbstractContextManager:
-        return noted(failures, f"{method}, {case}")
-
+    errors, note = {}, notes(failures, case)
     for method in methods:
         with note(method):
             errors[method] = problem.error(method, truth)

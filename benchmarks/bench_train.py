@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import (TOLERANCE, by_case, device_name, metadata, noted, peak_memory, report, slug, table, time_interleaved,
-                     write_results)
+from harness import (TOLERANCE, by_case, device_name, metadata, noted, notes, peak_memory, report, slug, table,
+                     time_interleaved, write_results)
 from model_methods import METHODS, attach, trainable
 from shapes import DTYPES
 from torch import Tensor, nn
@@ -166,11 +166,7 @@ def run_case(case: Case, methods: tuple[str, ...], rounds: int, device: torch.de
     autocast = DTYPES[case.dtype] if DTYPES[case.dtype].itemsize < 4 else None
     with torch.no_grad():
         base_loss = TrainStep(model.requires_grad_(False), tokens, autocast).forward().item()
-    steps, rows = {}, []
-
-    def note(name: str) -> contextlib.AbstractContextManager:
-        return noted(failures, f"{name}, {case}")
-
+    steps, rows, note = {}, [], notes(failures, case)
     for name in methods:
         with note(name):
             step = TrainStep(with_method(model, name, case), tokens, autocast, progress)

@@ -53,6 +53,11 @@ def noted(failures: list[str] | None, what: str) -> Iterator[None]:
         print(failures[-1], file=sys.stderr, flush=True)
 
 
+def notes(failures: list[str] | None, case: object) -> Callable[[str], contextlib.AbstractContextManager]:
+    """A method's name → noted for what that method does in a case."""
+    return lambda method: noted(failures, f"{method}, {case}")
+
+
 def report(failures: list[str]) -> int:
     """Prints them; the exit status."""
     for failure in failures:

@@ -97,8 +97,8 @@ class Run:
 
 
 # Table 13, with its 6 × 24 questions of a step in larger batches.
-FULL = {"rank": 32, "dropout": 0.05, "items": None, "epochs": 2, "batch": 48, "accumulation": 3, "max_length": 256,
-        "eval_items": None, "validation_items": 100, "dtype": "bfloat16"}
+FULL = {"rank": 32, "dropout": 0.05, "start": "ours", "items": None, "epochs": 2, "batch": 48, "accumulation": 3,
+        "max_length": 256, "eval_items": None, "validation_items": 100, "dtype": "bfloat16"}
 TINY = {"rank": 8, "items": 4, "batch": 2, "max_length": 64, "eval_items": 2, "validation_items": 1}
 
 
@@ -366,7 +366,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def settings(options: argparse.Namespace, **small) -> dict[str, Any]:
     """The fields of Run that a command line decides; small are those of a run that is neither --full nor --quick."""
     chosen = FULL if options.full else TINY if options.quick else small
-    return {"model": options.model, "data": tuple(options.data), **({"start": "ours"} if options.full else {}), **chosen}
+    return {"model": options.model, "data": tuple(options.data), **chosen}
 
 
 class Runs:
