@@ -106,15 +106,15 @@ class AbbaConfig:
             raise ValueError(f"r1 and r2 must be given together, got r1={self.r1}, r2={self.r2}")
         if self.r is not None and self.r1 is not None and self.r != self.r1 + self.r2:
             raise ValueError(f"r must equal r1 + r2 = {self.r1 + self.r2} or be left out, got {self.r}")
-        _check_choice("init", self.init, INITS)
-        _check_choice("bias", self.bias, BIASES)
-        _check_choice("adapter_dtype", self.adapter_dtype, DTYPES)
-        _check_choice("plan", self.plan, PLANS)
+        check_choice("init", self.init, INITS)
+        check_choice("bias", self.bias, BIASES)
+        check_choice("adapter_dtype", self.adapter_dtype, DTYPES)
+        check_choice("plan", self.plan, PLANS)
         _check_number("alpha", self.alpha)
         if not isinstance(self.recompute_u, bool):
             raise TypeError(f"recompute_u must be a bool, got {type(self.recompute_u).__name__} {self.recompute_u!r}")
         if isinstance(self.scaling, str):
-            _check_choice("scaling", self.scaling, SCALINGS, "or a number")
+            check_choice("scaling", self.scaling, SCALINGS, "or a number")
         else:
             _check_number("scaling", self.scaling)
         _check_number("dropout", self.dropout)
@@ -231,7 +231,8 @@ def _check_number(name: str, value):
         raise ValueError(f"{name} must be finite, got {value}")
 
 
-def _check_choice(name: str, value, choices: tuple[str, ...], otherwise: str = ""):
+def check_choice(name: str, value, choices: tuple, otherwise: str = ""):
+    """Raises ValueError if the value is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))} {otherwise}".rstrip() + f", got {value!r}")
 

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import ops
+from .config import check_choice
 
 __all__ = ["KernelPlan", "abba_linear", "abba_update", "delta_weight", "kernel_plan"]
 
@@ -73,8 +74,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
     for name, size in zip(("num_tokens", "in_features", "out_features", "r1", "r2"), sizes, strict=True):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a positive int, got {size!r}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
+    check_choice("dtype", dtype, _DTYPES)
     chosen = _choose_plan(*sizes, dtype, device.type, plan, training)
     if device.type == "cpu":
         if plan != "auto":
@@ -397,8 +397,7 @@ def _check_factors(x, a1, b1, a2, b2, scale):
         raise ValueError(f"scale must be finite, got {scale}")
     if x.dim() == 0:
         raise ValueError("x must be [..., n], got a scalar")
-    if a1.dtype not in _DTYPES:
-        raise ValueError(f"a1 must be one of {_DTYPES}, got {a1.dtype}")
+    check_choice("a1", a1.dtype, _DTYPES)
     n, m = x.size(-1), b1.size(0) if b1.dim() == 2 else None
     for name, factor, rank_dim, features in (("a1", a1, 0, n), ("b1", b1, 1, m), ("a2", a2, 0, n), ("b2", b2, 1, m)):
         if factor.dim() != 2 or factor.size(1 - rank_dim) != features or factor.size(rank_dim) < 1:

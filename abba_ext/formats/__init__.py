@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import check_choice
 from .adapter import Adapter, LayerFactors
 from .reading import READ_FORMATS, read
 from .writing import LORA_RANKS, WRITE_FORMATS, lora_factors, write
@@ -38,7 +39,6 @@ def convert_adapter(source: str | os.PathLike, destination: str | os.PathLike, t
     Raises:
         FileNotFoundError, FileExistsError, TypeError, ValueError, ImportError: See :func:`read` and :func:`write`.
     """
-    if to not in WRITE_FORMATS:
-        raise ValueError(f"to must be one of {', '.join(map(repr, WRITE_FORMATS))}, got {to!r}")
+    check_choice("to", to, WRITE_FORMATS)
     adapter = read(source, format=format, scaling=scaling, model=model)
     return {"source": adapter.source, **write(adapter, destination, to, rank=rank, dtype=dtype, **options)}

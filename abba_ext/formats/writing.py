@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad as zero_pad
 
 from ..checkpoint import FORMAT, FORMAT_VERSION, WEIGHTS_NAME, replace_file, write_adapter
-from ..config import DTYPES
+from ..config import DTYPES, check_choice
 from ..layers import FACTORS
 from ..reference import khatri_rao, truncated_product
 from .adapter import LOHA_FACTORS, PEFT_CONFIG_NAME, PEFT_PREFIX, Adapter, LayerFactors, as_pattern, config_of
@@ -52,8 +52,7 @@ def write(adapter: Adapter, directory: str | os.PathLike, format: str = "abba", 
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
-    if format not in WRITE_FORMATS:
-        raise ValueError(f"format must be one of {', '.join(map(repr, WRITE_FORMATS))}, got {format!r}")
+    check_choice("format", format, WRITE_FORMATS)
     if format != "lora" and (rank is not None or not pad or fan_in_fan_out):
         raise ValueError(f"rank, pad and fan_in_fan_out are options of format 'lora', got format {format!r}")
     if format == "abba" and task_type is not None:

@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import Tensor, nn
 
 from .. import bases
-from ..config import AbbaConfig
+from ..config import AbbaConfig, check_choice
 from ..layers import FACTORS
 from ..patching import find_targets, is_patched
 from ..reference import khatri_rao, truncated_product
@@ -183,8 +183,7 @@ class AbbaModel(BaseTuner):
             raise ValueError(f"weights must be one number for each of the {len(adapters)} adapters, got {len(weights)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name must be new, but there is an adapter {adapter_name!r}")
-        if combination_type not in COMBINATIONS:
-            raise ValueError(f"combination_type must be one of {', '.join(map(repr, COMBINATIONS))}, got {combination_type!r}")
+        check_choice("combination_type", combination_type, COMBINATIONS)
 
 
 def _default_targets(model: nn.Module, config: AbbaPeftConfig) -> set[str]:
