@@ -8,7 +8,7 @@ import itertools
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -22,16 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclass(frozen=True)
 class Family:
     max_registers: int  # per thread
+    on_blackwell: int | None = None  # the same there, if it is another
     tensor_cores: bool = True
     copies: bool = True  # global memory reaches shared memory by asynchronous copies
     products: bool = True  # the tensor cores read products of two factors, made in registers
     hopper: bool = False  # wgmma and TMA do it
 
 
-# A multiprocessor has 65536 registers: two blocks of 128 threads fit at 255, one of 256 at 250, one of 512 at 128.
+# A multiprocessor has 65536 registers: two blocks of 128 threads fit at 255 and three at 168, one of 256 at 250, one of 512 at 128.
 FAMILIES = {
     "project_kernel": Family(max_registers=255),
-    "expand_kernel": Family(max_registers=255),
+    "expand_kernel": Family(max_registers=184, on_blackwell=255),
     "factor_grad_kernel": Family(max_registers=250, products=False),
     "small_project_kernel": Family(max_registers=128, copies=False),
     # 384 threads; setmaxnreg moves registers of factor_grad from one warpgroup to the others.
@@ -52,7 +53,7 @@ class Kernel:
     name: str  # from the family on, mangled
     registers: int
     stack: int  # bytes per thread; those of spilled registers included
-    code: str  # its instructions, as nvdisasm prints them
+    code: str = field(repr=False)  # its instructions, as nvdisasm prints them
 
     @functools.cached_property
     def loops(self):
@@ -113,9 +114,9 @@ def test_no_register_is_spilled(kernels):
 
 
 def test_registers_per_thread(kernels):
-    over = [(kernel.architecture, kernel.name, kernel.registers) for kernel in kernels
-            if kernel.registers > FAMILIES[kernel.family].max_registers]
-    assert not over
+    for kernel in kernels:
+        family, is_blackwell = FAMILIES[kernel.family], int(re.search(r"\d+", kernel.architecture)[0]) >= 100
+        assert kernel.registers <= (is_blackwell and family.on_blackwell or family.max_registers), kernel
 
 
 def test_warpgroups_share_the_registers_of_the_launch(kernels):
