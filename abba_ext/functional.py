@@ -398,15 +398,17 @@ def _check_factors(x, a1, b1, a2, b2, scale):
     if x.dim() == 0:
         raise ValueError("x must be [..., n], got a scalar")
     check_choice("a1", a1.dtype, _DTYPES)
-    n, m = x.size(-1), b1.size(0) if b1.dim() == 2 else None
-    for name, factor, rank_dim, features in (("a1", a1, 0, n), ("b1", b1, 1, m), ("a2", a2, 0, n), ("b2", b2, 1, m)):
-        if factor.dim() != 2 or factor.size(1 - rank_dim) != features or factor.size(rank_dim) < 1:
-            want = f"[r{name[1]}, n]" if rank_dim == 0 else f"[m, r{name[1]}]"
-            where = f" with n = {n} as in x {list(x.shape)}" if rank_dim == 0 else f" with m = {m}" if m else ""
-            raise ValueError(f"{name} must be {want}{where}, got {list(factor.shape)}")
-        if factor.dtype != a1.dtype or factor.device != x.device:
-            raise ValueError(f"{name} must have a1's dtype and x's device ({a1.dtype}, {x.device}), "
+    dtype, device, n = a1.dtype, x.device, x.size(-1)
+    r1, r2 = (a.size(0) or None if a.dim() == 2 else None for a in (a1, a2))  # which no size is equal to
+    m = b1.size(0) if b1.dim() == 2 else None
+    for name, factor, shape in (("a1", a1, (r1, n)), ("b1", b1, (m, r1)), ("a2", a2, (r2, n)), ("b2", b2, (m, r2))):
+        if factor.shape != shape:
+            rank = f"r{name[1]}"
+            if name[0] == "a":
+                want = f"[{rank}, n] with n = {n} as in x {list(x.shape)}"
+            else:
+                want = f"[m, {rank}] with {f'm = {m} as in b1, ' if name == 'b2' else ''}{rank} = {shape[1]} as in a{name[1]}"
+            raise ValueError(f"{name} must be {want}, got {list(factor.shape)}")
+        if factor.dtype != dtype or factor.device != device:
+            raise ValueError(f"{name} must have a1's dtype and x's device ({dtype}, {device}), "
                              f"got {factor.dtype}, {factor.device}")
-    for pair, a, b in (("1", a1, b1), ("2", a2, b2)):
-        if a.size(0) != b.size(1):
-            raise ValueError(f"b{pair} must be [m, r{pair}] with r{pair} = {a.size(0)} as in a{pair}, got {list(b.shape)}")

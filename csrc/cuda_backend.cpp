@@ -80,7 +80,7 @@ void check_launch(const char* op, int error) {
 }
 
 Tensor workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  return empty(like, 1, static_cast<int64_t>(bytes), ScalarType::Byte);
 }
 
 bool unit_inner_stride(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }

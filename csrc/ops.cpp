@@ -5,9 +5,9 @@
 #include <cmath>
 #include <initializer_list>
 #include <optional>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <utility>
 
@@ -26,12 +26,29 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-std::string shape(const Tensor& t) {
-  std::ostringstream out;
+// Written out only where a check fails: every call makes dozens of checks.
+struct Shape {
+  const Tensor& t;
+};
+struct Device {
+  const Tensor& t;
+};
+Shape shape(const Tensor& t) { return {t}; }
+Device device(const Tensor& t) { return {t}; }
+
+std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   out << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << ']';
-  return out.str();
+  for (int64_t i = 0; i < shape.t.dim(); ++i) out << (i ? ", " : "") << shape.t.size(i);
+  return out << ']';
+}
+
+std::ostream& operator<<(std::ostream& out, const Device& device) {
+  if (device.t.is_cuda()) return out << "cuda:" << device.t.get_device_index();
+  return out << (device.t.is_cpu() ? "cpu" : "another kind");
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
 const char* name(ScalarType dtype) {
@@ -44,14 +61,10 @@ const char* name(ScalarType dtype) {
   }
 }
 
-std::string device(const Tensor& t) {
-  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another kind";
-}
-
 // A matrix on the device of first.
 void check_tensor(const char* op, const char* arg, const Tensor& t, const Tensor& first) {
   check(t.dim() == 2, op, ": ", arg, " must be 2-D, got shape ", shape(t));
-  check(device(t) == device(first), op, ": ", arg, " must be on the device of the first argument, ", device(first), ", got ",
+  check(same_device(t, first), op, ": ", arg, " must be on the device of the first argument, ", device(first), ", got ",
         device(t));
   const ScalarType dtype = t.scalar_type();
   check(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
@@ -111,7 +124,7 @@ void check_written(const char* op, const char* arg, const Tensor& written, std::
 
 Tensor project(const Tensor& x, const Tensor& f1, const Tensor& f2) {
   check_pair("project", "x", x, f1, f2);
-  Tensor u = torch::stable::new_empty(x, {x.size(0), f1.size(0) * f2.size(0)});
+  Tensor u = empty(x, x.size(0), f1.size(0) * f2.size(0));
   if (u.numel() == 0) return u;
   if (x.size(1) == 0) return torch::stable::zero_(u);
   (x.is_cpu() ? cpu::project : cuda::project)(u, x, f1, f2);
@@ -128,8 +141,9 @@ void expand_(Tensor y, const Tensor& u, const Tensor& f1, const Tensor& f2, doub
 
 // An output with the layout of its factor: [r, D] or [D, r], whichever is contiguous.
 Tensor like_factor(const Tensor& f) {
-  if (f.stride(0) != 1 || f.size(1) == 1) return torch::stable::new_empty(f, {f.size(0), f.size(1)});
-  return torch::stable::transpose(torch::stable::new_empty(f, {f.size(1), f.size(0)}), 0, 1);
+  const int64_t rank = f.size(0), features = f.size(1);
+  if (f.stride(0) != 1 || features == 1) return empty(f, rank, features);
+  return empty(f, rank, features, 1, rank, f.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> factor_grad(const Tensor& x, const Tensor& v, const Tensor& f1, const Tensor& f2, double s) {
@@ -175,7 +189,7 @@ Tensor dense_forward(const Tensor& x, const Tensor& weight, const std::optional<
   if (bias)
     check(bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_cpu() && bias->scalar_type() == x.scalar_type(),
           "dense_forward: bias must be [", weight.size(0), "] in x's dtype, got ", shape(*bias));
-  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  Tensor y = empty(x, x.size(0), weight.size(0));
   if (y.numel() != 0) cpu::dense_forward(y, x, weight, bias, a1, b1, a2, b2, s);
   return y;
 }
@@ -187,9 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dense_backward(const Tensor& 
   check_tensor("dense_backward", "dy", dy, x);
   check(dy.size(0) == x.size(0) && dy.size(1) == weight.size(0) && dy.scalar_type() == x.scalar_type(),
         "dense_backward: dy must be [T, m] = [", x.size(0), ", ", weight.size(0), "] in x's dtype, got ", shape(dy));
-  const auto like = [](const Tensor& t, bool needed) {
-    return torch::stable::new_empty(t, {needed ? t.size(0) : 0, t.size(1)});
-  };
+  const auto like = [](const Tensor& t, bool needed) { return empty(t, needed ? t.size(0) : 0, t.size(1)); };
   Tensor dx = like(x, need_x), da1 = like(a1, need_factors), db1 = like(b1, need_factors), da2 = like(a2, need_factors),
          db2 = like(b2, need_factors);
   if (x.size(0) == 0 || weight.numel() == 0) {

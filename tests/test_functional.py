@@ -392,7 +392,7 @@ f32 = torch.float32
 ERRORS = {
     "a1 rows": (bad(a1=torch.ones(2, 9)), ValueError, r"a1 must be \[r1, n\] with n = 4 as in x \[3, 4\], got \[2, 9\]"),
     "a2 dimensions": (bad(a2=torch.ones(4)), ValueError, r"a2 must be \[r2, n\]"),
-    "b2 rows": (bad(b2=torch.ones(6, 3)), ValueError, r"b2 must be \[m, r2\] with m = 5, got \[6, 3\]"),
+    "b2 rows": (bad(b2=torch.ones(6, 3)), ValueError, r"b2 must be \[m, r2\] with m = 5 as in b1, r2 = 3 as in a2, got \[6, 3\]"),
     "b1 rank": (bad(b1=torch.ones(5, 4)), ValueError, r"b1 must be \[m, r1\] with r1 = 2 as in a1, got \[5, 4\]"),
     "rank 0": (bad(a1=torch.ones(0, 4), b1=torch.ones(5, 0)), ValueError, r"a1 must be \[r1, n\]"),
     "complex factors": (bad(**{name: bad()[name].to(torch.complex64) for name in NAMES[3:]}), ValueError,

@@ -11,10 +11,10 @@ void expand_(Tensor& y, const Tensor& u, const Tensor& f1, const Tensor& f2, dou
   const Tensor wide_u = widen ? torch::stable::to(u, type) : u;
   const int64_t column_bytes = rank * static_cast<int64_t>(wide_u.element_size());
   const int64_t block = std::min(features, std::max<int64_t>(kBlockBytes / column_bytes / kChunk, 1) * kChunk);
-  Tensor scratch = torch::stable::new_empty(wide_u, {rank * block});
+  Tensor scratch = empty(wide_u, rank, block);
   for (int64_t d = 0; d < features; d += block) {
     const int64_t count = std::min(block, features - d);
-    Tensor kr = torch::stable::view(slice(scratch, 0, 0, rank * count), {rank, count}), columns = slice(y, 1, d, count);
+    Tensor kr = view(scratch, 0, rank, count, count, 1), columns = columns_of(y, d, count);
     form_khatri_rao(kr, f1, f2, 0, rank, d, count);
     if (widen) {
       Tensor wide = torch::stable::to(columns, type);

@@ -11,11 +11,11 @@ void factor_grad(Tensor& df1, Tensor& df2, const Tensor& x, const Tensor& v, con
   const Tensor v_t = transposed(widen ? torch::stable::to(v, type) : v);
   const int64_t column_bytes = rank * static_cast<int64_t>(v_t.element_size());
   const int64_t block = std::min(features, std::max<int64_t>(kBlockBytes / column_bytes / kChunk, 1) * kChunk);
-  Tensor scratch = torch::stable::new_empty(v_t, {rank * block});
+  Tensor scratch = empty(v_t, rank, block);
   for (int64_t d = 0; d < features; d += block) {
     const int64_t count = std::min(block, features - d);
-    Tensor p = torch::stable::view(slice(scratch, 0, 0, rank * count), {rank, count});
-    const Tensor columns = slice(x, 1, d, count);
+    Tensor p = view(scratch, 0, rank, count, count, 1);
+    const Tensor columns = columns_of(x, d, count);
     gemm_(p, v_t, widen ? torch::stable::to(columns, type) : columns, 0.0, 1.0);
     contract_khatri_rao(df1, df2, p, f1, f2, d, count, s);
   }

@@ -143,11 +143,14 @@ inline void gemm_(Tensor& out, const Tensor& a, const Tensor& b, double beta, do
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
 }
 
-inline Tensor slice(const Tensor& t, int64_t dim, int64_t begin, int64_t count) {
-  Tensor self = t;
-  return torch::stable::narrow(self, dim, begin, count);
+inline Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) {
+  return view(t, begin * t.stride(0), count, t.size(1), t.stride(0), t.stride(1));
 }
 
-inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+inline Tensor columns_of(const Tensor& t, int64_t begin, int64_t count) {
+  return view(t, begin * t.stride(1), t.size(0), count, t.stride(0), t.stride(1));
+}
+
+inline Tensor transposed(const Tensor& t) { return view(t, 0, t.size(1), t.size(0), t.stride(1), t.stride(0)); }
 
 }  // namespace abba::cpu
