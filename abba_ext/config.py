@@ -11,7 +11,7 @@ SCALINGS = ("paper", "official", "peft")
 INITS = ("svd", "random")
 BIASES = ("none", "all", "abba_only")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PLANS = ("auto", "khatri_rao", "dense")
+PLANS = ("auto", "khatri_rao", "mixed", "dense")
 
 
 def has_suffix(name: str, suffix: str) -> bool:
@@ -67,7 +67,7 @@ class AbbaConfig:
         adapter_dtype: dtype of the factors: "float32" masters by default, whatever the base's dtype.
         seed: Makes the start reproducible; each layer draws from (seed, its name), so order does not matter.
         recompute_u: Recompute u = x A*ᵀ ([tokens, r1·r2] per layer) in backward instead of saving it.
-        plan: "auto", "khatri_rao" or "dense"; see :func:`abba_ext.kernel_plan`.
+        plan: "auto", "khatri_rao", "mixed" or "dense"; see :func:`abba_ext.kernel_plan`.
 
     Raises:
         ValueError, TypeError: For a value out of range; the message names the field, what was expected and what came.

@@ -10,18 +10,19 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import ops
-from .config import check_choice
+from .config import PLANS, check_choice
 
 __all__ = ["KernelPlan", "abba_linear", "abba_update", "delta_weight", "kernel_plan"]
 
-Plan = Literal["auto", "khatri_rao", "dense"]
+Plan = Literal["auto", "khatri_rao", "mixed", "dense"]
 
 
 class KernelPlan(NamedTuple):
     """The path that one call of the layer takes, and why.
 
     Attributes:
-        plan: "khatri_rao" (three operators on r1·r2 columns) or "dense" (W0 + ΔW formed strip by strip).
+        plan: "khatri_rao" (three operators on r1·r2 columns), "dense" (W0 + ΔW formed strip by strip, in backward beside dW),
+            or "mixed" (y and dx as in dense, the factors' gradients as in khatri_rao).
         kernel: "cpu" (compiled), "cuda" (handwritten kernels) or "composite" (torch matmuls, for what they do not cover).
         reason: One sentence.
     """
@@ -36,17 +37,19 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
                 factor_dtype: torch.dtype | None = None, training: bool = True) -> KernelPlan:
     """Which path :func:`abba_linear` takes for T tokens, W0 [m, n] and ranks (r1, r2).
 
-    Floating-point operations beside the base layer's, with R = r1·r2, of a training step (of a forward alone):
+    Cost beside the base layer, in floating-point operations, of a training step (of a forward alone), with R = r1·r2:
 
-        khatri_rao   6·T·R·(m+n) (2·T·R·(m+n)), counted as if T and R were larger by 48: so do products take that do not
-                     fill the processor
-        dense        2·T·m·n for dW, and 8·(r1+r2)·m·n to form ΔW twice and to contract dW onto the factors
-                     (2·(r1+r2)·m·n to form ΔW, counted as if there were 32 ranks more: W0 is packed as it is read)
+        khatri_rao   6·T·R·(m+n) (2·T·R·(m+n)), counted as if T were larger by 16 and R by 64: so do products take that do
+                     not fill the processor
+        mixed        4·T·R·(m+n), counted likewise, and 2·(r1+r2)·m·n to form ΔW twice
+        dense        2·T·m·n for dW, and 3.5·(r1+r2)·m·n to form ΔW twice and to contract dW onto the factors
+                     ((r1+r2)·m·n to form ΔW)
 
-    The dense plan pays where R is large against m·n/(m+n) and T against the ranks. It runs in fp32 and fp64 on the CPU: in
-    half precision a ΔW below 2⁻⁹·|W0| would be rounded away. Its products are its own, written for x86; on other processors
-    it is used only where asked for. They sum in another order than torch's, so that with ΔW = 0 the output is the base layer's
-    up to rounding. It keeps about 2 Mi elements of scratch for each thread.
+    Forming and contracting count about half of their operations: they seldom leave the L1 cache. Dense and mixed pay where R
+    is large against m·n/(m+n) and T against the ranks; they run in fp32 and fp64 on the CPU, as in half precision a ΔW below
+    2⁻⁹·|W0| would be rounded away. Their products are their own, written for x86; on other processors these plans are used
+    only where asked for. They sum in another order than torch's, so that with ΔW = 0 the output is the base layer's up to
+    rounding. They keep about 2 Mi elements of scratch for each thread.
 
     The CUDA kernels take bfloat16 and float16 activations and factors in that dtype or float32 (rounded to the activations'
     dtype while they are loaded), r2 up to 64 and r1 up to 65535, on GPUs from compute capability 8.0. Whatever else comes on a GPU
@@ -66,7 +69,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         training: Whether gradients are recorded; False: as under torch.no_grad().
 
     Raises:
-        ValueError: For a size, dtype or plan that cannot be, or the dense plan in half precision.
+        ValueError: For a size, dtype or plan that cannot be, or the dense or mixed plan in half precision.
         RuntimeError: If the CUDA runtime fails when it is asked about the device.
     """
     device = torch.device(device)
@@ -84,8 +87,8 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
         elif not _IS_X86:
             reason = "not an x86 processor"
         else:
-            costs = (cost / 1e9 for cost in _costs(*sizes, training))
-            reason = "cost beside the base layer: khatri_rao {:.2f} GFLOP, dense {:.2f}".format(*costs)
+            costs = (f"{name} {cost / 1e9:.2f}" for name, cost in _costs(*sizes, training).items())
+            reason = f"GFLOP beside the base layer: {', '.join(costs)}"
         return KernelPlan(chosen, "cpu", reason)
     uncovered = ops.uncovered_by_cuda(dtype, factor_dtype or torch.promote_types(dtype, torch.float32), r1, r2, device)
     if uncovered:
@@ -95,36 +98,42 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
 
 
 def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_type, plan, training) -> str:
-    if plan not in ("auto", "khatri_rao", "dense"):
-        raise ValueError(f"plan must be 'auto', 'khatri_rao' or 'dense', got {plan!r}")
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
     possible = dtype in _DENSE_DTYPES and device_type == "cpu"
-    if plan == "dense" and not possible:
-        raise ValueError(f"plan 'dense' needs float32 or float64 activations on the CPU, got {dtype} on {device_type}: in "
+    if plan in ("dense", "mixed") and not possible:
+        raise ValueError(f"plan {plan!r} needs float32 or float64 activations on the CPU, got {dtype} on {device_type}: in "
                          "half precision it would round small updates away")
     if plan != "auto":
         return plan
     # A choice by the number of tokens would confine an exported program.
     if not possible or not _IS_X86 or torch.compiler.is_exporting():
         return "khatri_rao"
-    khatri_rao, dense = _costs(num_tokens, in_features, out_features, r1, r2, training)
-    return "dense" if dense < khatri_rao else "khatri_rao"
+    chosen = "khatri_rao"
+    costs = _costs(num_tokens, in_features, out_features, r1, r2, training)
+    for name, cost in costs.items():  # not min(), which cannot be compiled for a symbolic number of tokens
+        if cost < costs[chosen]:
+            chosen = name
+    return chosen
 
 
-def _costs(num_tokens, in_features, out_features, r1, r2, training) -> tuple[int, int]:
-    """Floating-point operations of the two plans beside the base layer's, as kernel_plan counts them."""
-    khatri_rao = 2 * (num_tokens + _UNFILLED) * (r1 * r2 + _UNFILLED) * (out_features + in_features)
+def _costs(num_tokens, in_features, out_features, r1, r2, training) -> dict[str, float]:
+    """Plan → its cost beside the base layer's, as kernel_plan counts it."""
+    weights, features = out_features * in_features, out_features + in_features
+    product = 2 * (num_tokens + _UNFILLED_TOKENS) * (r1 * r2 + _UNFILLED_RANKS) * features  # u and y, v and dx, or gradients
+    form = (r1 + r2) * weights
     if not training:
-        return khatri_rao, 2 * out_features * in_features * (r1 + r2 + _PACKED)
-    return 3 * khatri_rao, 2 * out_features * in_features * (num_tokens + 4 * (r1 + r2))
+        return {"khatri_rao": product, "dense": form}
+    return {"khatri_rao": 3 * product, "mixed": 2 * product + 2 * form, "dense": 2 * num_tokens * weights + 3.5 * form}
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DENSE_DTYPES = (torch.float32, torch.float64)
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-# By how much T and R seem larger than they are: forming and staging operands, passes over x and y. Measured on 2 cores
-# with AVX2, from 768x768 to 4096x4096, T from 1 to 1024, r1 = r2 from 4 to 32 (benchmarks/NOTES.md).
-_UNFILLED = 48
-_PACKED = 32  # ranks that packing W0 costs as much as, in a forward alone; so measured
+# By how much T and R seem larger than they are: forming and staging operands, passes over x and y. These and the shares in
+# _costs were fitted to two cores with AVX2 and with AVX-512, 576x576 to 4096x4096, T from 1 to 1024, r1 = r2 from 4 to 32
+# (benchmarks/NOTES.md).
+_UNFILLED_TOKENS, _UNFILLED_RANKS = 16, 64
 
 
 def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor,
@@ -164,8 +173,8 @@ def abba_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a1: Tensor, b1: 
     _check_factors(x, a1, b1, a2, b2, scale)
     _check_base(x, weight, bias, b1)
     sizes = (math.prod(x.shape[:-1]), x.size(-1), b1.size(0), a1.size(0), a2.size(0))
-    dense = _choose_plan(*sizes, x.dtype, x.device.type, plan, torch.is_grad_enabled()) == "dense"
-    return _AbbaLinear.apply(x, None, weight, bias, a1, b1, a2, b2, float(scale), recompute_u, dense)
+    chosen = _choose_plan(*sizes, x.dtype, x.device.type, plan, torch.is_grad_enabled())
+    return _AbbaLinear.apply(x, None, weight, bias, a1, b1, a2, b2, float(scale), recompute_u, chosen)
 
 
 def abba_update(base_output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float, *,
@@ -198,7 +207,7 @@ def abba_update(base_output: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tens
     if base_output.shape != (*x.shape[:-1], b1.size(0)):
         raise ValueError(f"base_output must be {[*x.shape[:-1], b1.size(0)]} for x {list(x.shape)} and b1 "
                          f"{list(b1.shape)}, got {list(base_output.shape)}")
-    return _AbbaLinear.apply(x, base_output, None, None, a1, b1, a2, b2, float(scale), recompute_u, False)
+    return _AbbaLinear.apply(x, base_output, None, None, a1, b1, a2, b2, float(scale), recompute_u, "khatri_rao")
 
 
 def delta_weight(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float) -> Tensor:
@@ -244,14 +253,15 @@ class _DeltaWeight(torch.autograd.Function):
 
 class _AbbaLinear(torch.autograd.Function):
     """u = project(x; A), y = base + expand(u; Bᵀ); backward: v = project(dy; Bᵀ), dx = base + expand(v; A),
-    dA = factor_grad(x, v; A), dBᵀ = factor_grad(dy, u; Bᵀ). The base is x W0ᵀ + bias, or a given output."""
+    dA = factor_grad(x, v; A), dBᵀ = factor_grad(dy, u; Bᵀ). The base is x W0ᵀ + bias, or a given output. The other plans have
+    y and dx from products with W0 + ΔW, and "dense" the factors' gradients from dW."""
 
     @staticmethod
-    def forward(ctx, x, base_output, weight, bias, a1, b1, a2, b2, scale, recompute_u, dense):
+    def forward(ctx, x, base_output, weight, bias, a1, b1, a2, b2, scale, recompute_u, plan):
         with _below_autograd():
             x2 = _flat(x)
-            ctx.dense = dense
-            if dense:
+            ctx.plan = plan
+            if plan != "khatri_rao":
                 factors = _dense_factors(x.dtype, a1, b1, a2, b2)
                 y, u = ops.dense_forward(x2, _to(weight, x.dtype), _to(bias, x.dtype), *factors, scale), None
             else:
@@ -278,27 +288,33 @@ class _AbbaLinear(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx, dy, x, weight, a1, b1, a2, b2, u):
         need_x, need_base, need_weight, need_bias, need_a1, need_b1, need_a2, need_b2 = ctx.needs_input_grad[:8]
-        need_a, need_b = need_a1 or need_a2, need_b1 or need_b2
+        left_x, left_a, left_b = need_x, need_a1 or need_a2, need_b1 or need_b2  # what is not computed yet
         scale = ctx.scale
         x2, dy2 = _flat(x), _flat(dy)
-        dx = dweight = dbias = da1 = da2 = db1 = db2 = None
-        if ctx.dense and not torch.is_grad_enabled():
-            factors = _dense_factors(x.dtype, a1, b1, a2, b2)
-            dx, *grads = ops.dense_backward(x2, dy2, _to(weight, x.dtype), *factors, scale, need_x, need_a or need_b)
-            da1, db1, da2, db2 = (_to(grad, a1.dtype) for grad in grads)
-        else:
-            b1_t, b2_t = b1.t(), b2.t()
-            v = ops.project(dy2, b1_t, b2_t) if need_x or need_a else None
-            if need_x:
-                # Under autocast, which the forward may have been outside of, a product has another dtype.
-                base = _to(dy2 @ _to(weight, x.dtype), x.dtype) if weight is not None else dy2.new_zeros(x2.shape)
-                dx = _add_expanded(base, v, a1, a2, scale)
-            if need_a:
-                da1, da2 = ops.factor_grad(x2, v, a1, a2, scale)
-            if need_b:
-                if u is None or torch.is_grad_enabled():  # a saved u has no graph to differentiate twice
-                    u = ops.project(x2, a1, a2)
-                db1, db2 = (grad.t() for grad in ops.factor_grad(dy2, u, b1_t, b2_t, scale))
+        dx = dweight = dbias = da1 = da2 = db1 = db2 = v = None
+        if ctx.plan != "khatri_rao" and not torch.is_grad_enabled():
+            through_dw = ctx.plan == "dense" and (left_a or left_b)
+            if left_x or through_dw:
+                factors = _dense_factors(x.dtype, a1, b1, a2, b2)
+                dx, *grads = ops.dense_backward(x2, dy2, _to(weight, x.dtype), *factors, scale, left_x, through_dw)
+            if through_dw:
+                da1, db1, da2, db2 = (_to(grad, a1.dtype) for grad in grads)
+                left_a = left_b = False
+            left_x = False
+        b1_t, b2_t = b1.t(), b2.t()
+        if left_x or left_a:
+            v = ops.project(dy2, b1_t, b2_t)
+        if left_x:
+            # Under autocast, which the forward may have been outside of, a product has another dtype.
+            base = _to(dy2 @ _to(weight, x.dtype), x.dtype) if weight is not None else dy2.new_zeros(x2.shape)
+            dx = _add_expanded(base, v, a1, a2, scale)
+        if left_a:
+            da1, da2 = ops.factor_grad(x2, v, a1, a2, scale)
+        if left_b:
+            v = None  # freed before u is made
+            if u is None or torch.is_grad_enabled():  # a saved u has no graph to differentiate twice
+                u = ops.project(x2, a1, a2)
+            db1, db2 = (grad.t() for grad in ops.factor_grad(dy2, u, b1_t, b2_t, scale))
         if need_weight:
             dweight = _to(dy2.t() @ x2, weight.dtype)
         if need_bias:

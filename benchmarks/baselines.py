@@ -239,7 +239,7 @@ def build_abba_ext(problem: Problem, plan: str = "auto") -> Layer:
 
 
 def build_abba_ext_khatri_rao(problem: Problem) -> Layer:
-    """This package's layer, never through the dense plan."""
+    """This package's layer, never through W0 + ΔW."""
     return build_abba_ext(problem, "khatri_rao")
 
 

@@ -10,6 +10,7 @@ from oracle import DTYPES, assert_close_to_truth, assert_no_worse_than, dense_li
 from threads import num_threads
 
 from abba_ext import abba_linear, abba_update, functional, kernel_plan, ops, reference
+from abba_ext.config import PLANS
 from abba_ext.functional import delta_weight
 
 NAMES = ("x", "weight", "bias", "a1", "b1", "a2", "b2")
@@ -47,8 +48,9 @@ def test_against_dense(dtype, ranks, sizes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("sizes", [(64, 48, 40), (33, 700, 801)], ids=str)
-def test_dense_plan_against_dense(dtype, sizes):
-    check_layer(random_layer(*sizes, 5, 3, dtype), plan="dense")
+@pytest.mark.parametrize("plan", ["mixed", "dense"])
+def test_dense_plans_against_dense(dtype, sizes, plan):
+    check_layer(random_layer(*sizes, 5, 3, dtype), plan=plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -65,7 +67,7 @@ def test_any_shape(tokens, n, m, r1, r2, dtype, bias, options):
     check_layer(random_layer(tokens, n, m, r1, r2, dtype, bias=bias), **options)
 
 
-@pytest.mark.parametrize("plan, recompute_u", [("khatri_rao", False), ("khatri_rao", True), ("dense", False)])
+@pytest.mark.parametrize("plan, recompute_u", [("khatri_rao", False), ("khatri_rao", True), ("mixed", False), ("dense", False)])
 def test_first_and_second_derivatives(plan, recompute_u):
     args = random_layer(4, 5, 6, 2, 3)
 
@@ -94,7 +96,7 @@ def test_update_leaves_its_inputs_alone():
 
 @pytest.mark.parametrize("needed", [subset for size in (1, 2) for subset in itertools.combinations(NAMES, size)],
                          ids="-".join)
-@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+@pytest.mark.parametrize("plan", PLANS[1:])
 def test_only_needed_gradients(needed, plan):
     args = [t.detach().requires_grad_(name in needed) for name, t in zip(NAMES, random_layer(6, 5, 7, 2, 3))]
     truth = dense_linear(*args, SCALE)
@@ -117,7 +119,7 @@ def test_incoming_gradient_and_input_are_not_written():
 def test_leading_dimensions(shape):
     _, weight, bias, *factors = random_layer(1, 5, 7, 2, 3)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    for plan in ("khatri_rao", "dense"):
+    for plan in PLANS[1:]:
         y = abba_linear(x, weight, bias, *factors, SCALE, plan=plan)
         assert y.shape == (*shape[:-1], 7)
         torch.testing.assert_close(y, dense_linear(x, weight, bias, *factors, SCALE))
@@ -127,7 +129,7 @@ def test_leading_dimensions(shape):
             torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+@pytest.mark.parametrize("plan", PLANS[1:])
 def test_strided_input_and_weight(plan):
     _, weight, bias, *factors = random_layer(24, 10, 8, 2, 3)
     strided = torch.randn(4, 10, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()  # [4, 6, 10]
@@ -140,7 +142,7 @@ def test_strided_input_and_weight(plan):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("plan", ["khatri_rao", "dense", "auto"])
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("sizes", [(3, 0, 5), (3, 5, 0), (0, 4, 5)], ids=str)
 def test_empty_sizes(plan, sizes):
     tokens, n, m = sizes
@@ -228,7 +230,8 @@ def test_saves_only_x_u_and_parameters():
     extra = {k: v for k, v in saved_bytes(lambda: abba_linear(*args, SCALE, plan="khatri_rao")).items() if k not in own}
     assert list(extra.values()) == [64 * 32 * 4]  # u [T, r1*r2]
     assert set(saved_bytes(lambda: abba_linear(*args, SCALE, plan="khatri_rao", recompute_u=True))) <= own
-    assert set(saved_bytes(lambda: abba_linear(*args, SCALE, plan="dense"))) <= own
+    for plan in ("mixed", "dense"):
+        assert set(saved_bytes(lambda: abba_linear(*args, SCALE, plan=plan))) <= own
 
 
 def test_autocast_saves_no_copy_of_the_weight():
@@ -243,7 +246,7 @@ def test_autocast_saves_no_copy_of_the_weight():
     assert sorted(extra.values()) == [64 * 32 * 2, 64 * 100 * 2]  # u and x in bf16
 
 
-@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+@pytest.mark.parametrize("plan", PLANS[1:])
 def test_the_output_may_be_written_into(plan):
     args = random_layer(10, 16, 24, 4, 4, torch.float32)
 
@@ -267,7 +270,7 @@ def test_autocast_as_in_linear():
         assert abba_linear(*wide, SCALE).dtype == torch.nn.functional.linear(*wide[:3]).dtype == torch.float64
 
 
-@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+@pytest.mark.parametrize("plan", PLANS[1:])
 def test_backward_under_autocast_has_the_dtype_of_forward(plan):
     args = random_layer(20, 16, 24, 4, 4, torch.float32)
     expected = torch.autograd.grad(abba_linear(*args, SCALE, plan=plan).sum(), args)
@@ -298,7 +301,7 @@ def test_meta_tensors():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("plan", ["khatri_rao", "dense"])
+@pytest.mark.parametrize("plan", PLANS[1:])
 def test_compile_without_graph_breaks(dynamic, plan):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: abba_linear(*a, SCALE, plan=plan), fullgraph=True, dynamic=dynamic)
@@ -316,12 +319,12 @@ def test_compile_without_graph_breaks(dynamic, plan):
 
 def test_plan_follows_cost_processor_and_dtype(monkeypatch):
     monkeypatch.setattr(functional, "_IS_X86", True)
-    assert kernel_plan(1024, 2048, 2048, 16, 16).plan == "khatri_rao"
+    assert kernel_plan(1024, 2048, 2048, 16, 16).plan == "mixed"
     assert kernel_plan(4, 768, 768, 16, 16).plan == "khatri_rao"
     assert kernel_plan(512, 768, 768, 16, 16).plan == "dense"
     assert kernel_plan(1024, 2048, 2048, 16, 16, training=False).plan == "dense"
-    assert kernel_plan(1, 512, 512, 16, 16).plan == "dense"
-    assert kernel_plan(1, 512, 512, 16, 16, training=False).plan == "khatri_rao"
+    assert kernel_plan(4, 768, 768, 16, 16, training=False).plan == "dense"
+    assert kernel_plan(1, 768, 768, 16, 16, training=False).plan == "khatri_rao"
     monkeypatch.setattr(functional, "_IS_X86", False)
     assert kernel_plan(512, 768, 768, 16, 16)[::2] == ("khatri_rao", "not an x86 processor")
     assert kernel_plan(512, 768, 768, 16, 16, plan="dense").plan == "dense"
@@ -368,18 +371,43 @@ def test_what_the_cuda_kernels_do_not_cover_has_a_reason():
 
 def test_plan_follows_whether_gradients_are_recorded(monkeypatch):
     monkeypatch.setattr(functional, "_IS_X86", True)
-    args = random_layer(1, 512, 512, 16, 16, torch.float32)
+    args = random_layer(4, 768, 768, 16, 16, torch.float32)
     khatri_rao, dense = (abba_linear(*args, SCALE, plan=plan) for plan in ("khatri_rao", "dense"))
     assert not torch.equal(khatri_rao, dense)  # they round differently
-    assert torch.equal(abba_linear(*args, SCALE), dense)
+    assert torch.equal(abba_linear(*args, SCALE), khatri_rao)
     with torch.no_grad():
-        assert torch.equal(abba_linear(*args, SCALE), khatri_rao)
+        assert torch.equal(abba_linear(*args, SCALE), dense)
+
+
+OPERATORS = {  # by plan, and by whether x needs a gradient beside the factors
+    ("khatri_rao", True): ["project", "expand_", "project", "expand_", "factor_grad", "project", "factor_grad"],
+    ("khatri_rao", False): ["project", "expand_", "project", "factor_grad", "project", "factor_grad"],
+    ("mixed", True): ["dense_forward", "dense_backward", "project", "factor_grad", "project", "factor_grad"],
+    ("mixed", False): ["dense_forward", "project", "factor_grad", "project", "factor_grad"],
+    ("dense", True): ["dense_forward", "dense_backward"],
+    ("dense", False): ["dense_forward", "dense_backward"],
+}
+
+
+@pytest.mark.parametrize("plan, need_x", OPERATORS)
+def test_operators_of_a_plan(plan, need_x, monkeypatch):
+    called = []
+
+    def watch(name):
+        operator = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a: called.append(name) or operator(*a))
+
+    for name in ("project", "expand_", "factor_grad", "dense_forward", "dense_backward"):
+        watch(name)
+    args = [t.detach().requires_grad_(need_x or name[0] in "ab") for name, t in zip(NAMES, random_layer(6, 5, 7, 2, 3))]
+    abba_linear(*args, SCALE, plan=plan, recompute_u=True).sum().backward()
+    assert called == OPERATORS[plan, need_x]
 
 
 def test_plans_agree():
     args = random_layer(50, 40, 30, 8, 8, torch.float32, requires_grad=False)
     truth = dense_linear(*args, SCALE)
-    for plan in ("auto", "khatri_rao", "dense"):
+    for plan in PLANS:
         assert_close_to_truth(abba_linear(*args, SCALE, plan=plan), truth, 1e-6, plan)
 
 
@@ -405,7 +433,7 @@ ERRORS = {
     "scale nan": (bad(scale=float("nan")), ValueError, "scale must be finite, got nan"),
     "scalar x": (bad(x=torch.tensor(1.0)), ValueError, r"x must be \[..., n\], got a scalar"),
     "device": (bad(a1=torch.ones(2, 4, device="meta")), ValueError, "a1 must have a1's dtype and x's device"),
-    "plan": (bad(plan="fast"), ValueError, "plan must be 'auto', 'khatri_rao' or 'dense', got 'fast'"),
+    "plan": (bad(plan="fast"), ValueError, "plan must be one of auto, khatri_rao, mixed, dense, got 'fast'"),
     "dense half": (bad(plan="dense", x=torch.ones(3, 4).half(), weight=torch.ones(5, 4).half(), bias=None), ValueError,
                    "plan 'dense' needs float32 or float64 activations on the CPU"),
 }

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import abba_ext
 from abba_ext import AbbaConfig
+from abba_ext.config import PLANS
 from abba_ext.layers import FACTORS
 
 
@@ -149,11 +150,11 @@ def test_saved_tensors_can_be_packed_and_offloaded():
 
 
 @pytest.mark.parametrize("saved", ["linear", "addmm", "bmm", "all but clone", "all but add_expanded"])
-@pytest.mark.parametrize("layer", ["khatri_rao", "dense", "dropout", "parameter"])
+@pytest.mark.parametrize("layer", ["khatri_rao", "mixed", "dense", "dropout", "parameter"])
 def test_selective_checkpointing(layer, saved):
     """Whatever a policy keeps and whatever is computed again."""
-    config = {"khatri_rao": {"plan": "khatri_rao"}, "dense": {"plan": "dense"}, "dropout": {"dropout": 0.5}}
-    model, x = make(**config.get(layer, {})), torch.randn(9, 24)
+    config = {"dropout": 0.5} if layer == "dropout" else {"plan": layer} if layer in PLANS else {}
+    model, x = make(**config), torch.randn(9, 24)
     if layer == "parameter":
         model = abba_ext.patch_model(nn.Sequential(nn.Bilinear(24, 24, 16)),
                                      AbbaConfig(r=4, target_modules=[], target_parameters=["0.weight"]))
