@@ -434,8 +434,8 @@ ERRORS = {
     "scalar x": (bad(x=torch.tensor(1.0)), ValueError, r"x must be \[..., n\], got a scalar"),
     "device": (bad(a1=torch.ones(2, 4, device="meta")), ValueError, "a1 must have a1's dtype and x's device"),
     "plan": (bad(plan="fast"), ValueError, "plan must be one of auto, khatri_rao, mixed, dense, got 'fast'"),
-    "dense half": (bad(plan="dense", x=torch.ones(3, 4).half(), weight=torch.ones(5, 4).half(), bias=None), ValueError,
-                   "plan 'dense' needs float32 or float64 activations on the CPU"),
+    **{f"{plan} half": (bad(plan=plan, x=torch.ones(3, 4).half(), weight=torch.ones(5, 4).half(), bias=None), ValueError,
+                        f"plan '{plan}' needs float32 or float64 activations on the CPU") for plan in ("mixed", "dense")},
 }
 
 
