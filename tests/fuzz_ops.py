@@ -46,6 +46,7 @@ class Case:
             shapes = {"x": (tokens, d), "weight": (m, d), "bias": (m,), **pairs}
         elif self.op == "dense_backward":
             dtype = factor_dtype = rng.choice((torch.float32, torch.float64))
+            self.needs = rng.choice(((True, True), (True, False), (False, True)))  # dx, the factors' gradients
             shapes = {"x": (tokens, d), "dy": (tokens, m), "weight": (m, d), **pairs}
         factors = {"f1", "f2", *pairs}
         self.arguments = {name: self.draw(shape, factor_dtype if name in factors else dtype, written=name == "y",
@@ -131,9 +132,13 @@ class Case:
         if self.op == "abba_linear":
             return [abba_ext.abba_linear(*arguments.values())]
         if self.op == "dense_backward":
-            return list(ops.dense_backward(*arguments.values(), True, True))
+            return self.needed(list(ops.dense_backward(*arguments.values(), *self.needs)))
         result = getattr(ops, self.op)(*arguments.values())
         return list(result) if isinstance(result, tuple) else [result]
+
+    def needed(self, gradients: list) -> list[torch.Tensor]:
+        need_x, need_factors = self.needs
+        return gradients[:1] * need_x + gradients[1:] * need_factors
 
     def truth(self, before: dict) -> list[torch.Tensor]:
         """What the operator is defined to give, dense and in fp64."""
@@ -143,8 +148,8 @@ class Case:
             weight = value["weight"] + value["s"] * m1 * m2
             if self.op == "dense_backward":
                 dm1, dm2 = (value["s"] * (value["dy"].t() @ value["x"]) * m for m in (m2, m1))
-                return [value["dy"] @ weight, value["b1"].t() @ dm1, dm1 @ value["a1"].t(),
-                        value["b2"].t() @ dm2, dm2 @ value["a2"].t()]
+                return self.needed([value["dy"] @ weight, value["b1"].t() @ dm1, dm1 @ value["a1"].t(),
+                                    value["b2"].t() @ dm2, dm2 @ value["a2"].t()])
             y = value["x"] @ weight.t()
             return [y if value["bias"] is None else y + value["bias"]]
         kr = dense_kr(value["f1"], value["f2"])
