@@ -98,8 +98,7 @@ def kernel_plan(num_tokens: int, in_features: int, out_features: int, r1: int, r
 
 
 def _choose_plan(num_tokens, in_features, out_features, r1, r2, dtype, device_type, plan, training) -> str:
-    if plan not in PLANS:
-        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    check_choice("plan", plan, PLANS)
     possible = dtype in _DENSE_DTYPES and device_type == "cpu"
     if plan in ("dense", "mixed") and not possible:
         raise ValueError(f"plan {plan!r} needs float32 or float64 activations on the CPU, got {dtype} on {device_type}: in "
@@ -301,7 +300,8 @@ class _AbbaLinear(torch.autograd.Function):
                 da1, db1, da2, db2 = (_to(grad, a1.dtype) for grad in grads)
                 left_a = left_b = False
             left_x = False
-        b1_t, b2_t = b1.t(), b2.t()
+        if left_x or left_a or left_b:
+            b1_t, b2_t = b1.t(), b2.t()
         if left_x or left_a:
             v = ops.project(dy2, b1_t, b2_t)
         if left_x:

@@ -323,6 +323,7 @@ def test_plan_follows_cost_processor_and_dtype(monkeypatch):
     assert kernel_plan(4, 768, 768, 16, 16).plan == "khatri_rao"
     assert kernel_plan(512, 768, 768, 16, 16).plan == "dense"
     assert kernel_plan(1024, 2048, 2048, 16, 16, training=False).plan == "dense"
+    assert kernel_plan(1, 512, 512, 16, 16).plan == "dense"
     assert kernel_plan(4, 768, 768, 16, 16, training=False).plan == "dense"
     assert kernel_plan(1, 768, 768, 16, 16, training=False).plan == "khatri_rao"
     monkeypatch.setattr(functional, "_IS_X86", False)
@@ -433,7 +434,7 @@ ERRORS = {
     "scale nan": (bad(scale=float("nan")), ValueError, "scale must be finite, got nan"),
     "scalar x": (bad(x=torch.tensor(1.0)), ValueError, r"x must be \[..., n\], got a scalar"),
     "device": (bad(a1=torch.ones(2, 4, device="meta")), ValueError, "a1 must have a1's dtype and x's device"),
-    "plan": (bad(plan="fast"), ValueError, "plan must be one of auto, khatri_rao, mixed, dense, got 'fast'"),
+    "plan": (bad(plan="fast"), ValueError, "plan must be one of 'auto', 'khatri_rao', 'mixed', 'dense', got 'fast'"),
     **{f"{plan} half": (bad(plan=plan, x=torch.ones(3, 4).half(), weight=torch.ones(5, 4).half(), bias=None), ValueError,
                         f"plan '{plan}' needs float32 or float64 activations on the CPU") for plan in ("mixed", "dense")},
 }

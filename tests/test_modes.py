@@ -153,8 +153,8 @@ def test_saved_tensors_can_be_packed_and_offloaded():
 @pytest.mark.parametrize("layer", ["khatri_rao", "mixed", "dense", "dropout", "parameter"])
 def test_selective_checkpointing(layer, saved):
     """Whatever a policy keeps and whatever is computed again."""
-    config = {"dropout": 0.5} if layer == "dropout" else {"plan": layer} if layer in PLANS else {}
-    model, x = make(**config), torch.randn(9, 24)
+    config = {"dropout": {"dropout": 0.5}, **{plan: {"plan": plan} for plan in PLANS}}
+    model, x = make(**config.get(layer, {})), torch.randn(9, 24)
     if layer == "parameter":
         model = abba_ext.patch_model(nn.Sequential(nn.Bilinear(24, 24, 16)),
                                      AbbaConfig(r=4, target_modules=[], target_parameters=["0.weight"]))
